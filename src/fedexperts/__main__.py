@@ -1,0 +1,6 @@
+"""``python -m fedexperts``."""
+
+from fedexperts.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""One prompt and its response, and one multiple-choice question."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One instruction with its response, as a client owns it."""
+
+    instruction: str
+    response: str
+    context: str = ""
+    """A passage the instruction refers to; empty where there is none."""
+    label: str = ""
+    """The category that label partitions go by; empty where the source has none."""
+    client: str = ""
+    """The client or domain a natural partition goes by; empty where the source has none."""
+    source_id: str = ""
+    """Where the example came from (file and line, or generator and index); equal only for the same record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One multiple-choice question of a knowledge exam, scored by the log-likelihood of its choices."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    """Index of the right choice, from 0."""
+    subject: str = ""

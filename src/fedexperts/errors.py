@@ -1,0 +1,9 @@
+"""What went wrong by the user's hand, as opposed to ours."""
+
+
+class UserError(ValueError):
+    """A mistake in a file, a setting, a checkpoint or a message, told in one sentence.
+
+    The sentence names the value, what is allowed, and the setting's full name. The command line prints it
+    without a traceback and exits with code 2. Every other exception is a fault of the program.
+    """

@@ -1,0 +1,156 @@
+"""GraftedExpert: one personal expert beside whatever is at the seam, behind a sigmoid gate (FLEx, eq. 2).
+
+With routed output ``M(x)``, graft ``S`` and gate ``g, b``: ``y = M(x) + sigmoid(g·x + b) S(x)``. The frozen
+experts, the router and the shared expert stay untouched.
+
+Shape suffixes: ``T`` tokens, ``D`` hidden.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedexperts.moe import seam
+from fedexperts.moe.seam import MoeLayer
+from fedexperts.seeds import derive_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraftForm:
+    """How a graft is built and joined; the same on all layers."""
+
+    gate: Literal["sigmoid", "none"] = "sigmoid"
+    """``none`` fixes the gate open at 1: the ablation under which the paper's model collapses."""
+    gate_init: Literal["router_row", "zero"] = "router_row"
+    """Initial gate vector: the router's row of the chosen expert (reading 2), or zero."""
+    gate_bias: float = 0.0
+    """Initial gate bias: 0 is half open before the router's row speaks, -4 is near closed."""
+    mix: Literal["add", "convex"] = "add"
+    """``add``: M + s S (eq. 2); ``convex``: (1 - s) M + s S, with M the routed sum (reading 1)."""
+    lora_rank: int = 0
+    """Rank of LoRA on the graft's matrices over a frozen copy; 0 trains the graft in full."""
+    lora_alpha: float = 16.0
+    """LoRA scale; the update is multiplied by alpha / rank."""
+
+
+class GraftedExpert(nn.Module):
+    """One expert's weights and a gate, in float32 whatever the model's dtype, so that small steps count."""
+
+    def __init__(self, layer: MoeLayer, expert: int, form: GraftForm, seed: int) -> None:
+        """Copy ``expert`` of ``layer``; with LoRA the copy is a view of the frozen original."""
+        super().__init__()
+        self.form = form
+        self._origin = {name: weight.detach() for name, weight in layer.expert(expert).items()}
+        if form.lora_rank:
+            self._add_lora(form.lora_rank, seed)
+        else:
+            self.weights = nn.ParameterDict({name: _master(weight) for name, weight in self._origin.items()})
+        if form.gate == "sigmoid":
+            row = layer.router_row(expert)
+            row = row if form.gate_init == "router_row" else torch.zeros_like(row)
+            self.gate_weight = _master(row)
+            self.gate_bias = nn.Parameter(torch.full((1,), form.gate_bias, device=row.device))
+
+    def _add_lora(self, rank: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        for name, weight in self._origin.items():
+            if weight.dim() != 2:
+                continue
+            rows, columns = weight.shape
+            bound = columns**-0.5
+            start = torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
+            self.lora_A[name] = nn.Parameter(start.to(weight.device))
+            self.lora_B[name] = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
+
+    def expert_weights(self) -> dict[str, Tensor]:
+        """The graft's matrices by parameter name, as one expert of the layer has them."""
+        if not self.form.lora_rank:
+            return dict(self.weights.items())
+        scale = self.form.lora_alpha / self.form.lora_rank
+        return {
+            name: weight.float() + scale * (self.lora_B[name] @ self.lora_A[name])
+            if name in self.lora_A
+            else weight
+            for name, weight in self._origin.items()
+        }
+
+    def openness(self, hidden_TD: Tensor) -> Tensor:
+        """The gate's value per token, shape (T, 1), in the dtype of ``hidden_TD``."""
+        if self.form.gate == "none":
+            return hidden_TD.new_ones(hidden_TD.shape[0], 1)
+        score_T1 = hidden_TD.float() @ self.gate_weight.unsqueeze(-1) + self.gate_bias
+        return torch.sigmoid(score_T1).to(hidden_TD.dtype)
+
+    def forward(self, experts: Any, hidden_TD: Tensor, routed_TD: Tensor) -> Tensor:
+        """The layer's output with the graft, shape (T, D); see :class:`fedexperts.moe.seam.Addition`."""
+        gate_T1 = self.openness(hidden_TD)
+        grafted_TD = seam.expert_output(experts, hidden_TD, self.expert_weights())
+        kept_TD = (1 - gate_T1) * routed_TD if self.form.mix == "convex" else routed_TD
+        return kept_TD + gate_T1 * grafted_TD
+
+
+def _master(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().float().clone())
+
+
+def graft(layers: Sequence[MoeLayer], chosen: Sequence[int], form: GraftForm, seed: int) -> tuple[str, ...]:
+    """Graft a copy of expert ``chosen[i]`` beside ``layers[i]``; returns the names of the new parameters.
+
+    Raises:
+        UserError: a chosen index is not an expert of its layer.
+    """
+    names: list[str] = []
+    for layer, expert in zip(layers, chosen, strict=True):
+        grafted = GraftedExpert(layer, expert, form, derive_seed(seed, "graft", layer.index))
+        seam.add_to_layer(layer, grafted.to(next(layer.experts.parameters()).device))
+        names += [f"{seam.addition_name(layer)}.{name}" for name, _ in grafted.named_parameters()]
+    return tuple(names)
+
+
+def ungraft(layers: Sequence[MoeLayer]) -> None:
+    """Take all grafts away."""
+    for layer in layers:
+        if hasattr(layer.experts, "addition"):
+            seam.take_from_layer(layer)
+
+
+@contextmanager
+def grafted(
+    layers: Sequence[MoeLayer], chosen: Sequence[int], form: GraftForm, seed: int
+) -> Iterator[tuple[str, ...]]:
+    """:func:`graft` for the length of a ``with`` block, and :func:`ungraft` after it."""
+    names = graft(layers, chosen, form, seed)
+    try:
+        yield names
+    finally:
+        ungraft(layers)
+
+
+class GateMeter:
+    """Mean openness of each layer's gate over the tokens seen while it watches."""
+
+    def __init__(self, layers: Sequence[MoeLayer]) -> None:
+        """Nothing seen yet."""
+        self._layers = layers
+        self._sum = [0.0] * len(layers)
+        self._num_tokens = [0] * len(layers)
+
+    def see(self, layer: MoeLayer, hidden_TD: Tensor, *_: Tensor) -> None:
+        """Add one layer's tokens; give this to :func:`fedexperts.moe.seam.watch_experts`."""
+        with torch.no_grad():
+            self._sum[layer.index] += float(layer.experts.addition.openness(hidden_TD).float().sum())  # type: ignore[operator,union-attr]
+        self._num_tokens[layer.index] += hidden_TD.shape[0]
+
+    def means(self) -> list[float]:
+        """Mean openness by layer, from 0 (closed) to 1."""
+        return [total / max(count, 1) for total, count in zip(self._sum, self._num_tokens, strict=True)]
+
+
+def names_of_kind(names: Mapping[str, Any] | Sequence[str], *, is_gate: bool) -> tuple[str, ...]:
+    """Those of a graft's parameter ``names`` that belong to the gate, or those that do not."""
+    return tuple(name for name in names if name.endswith((".gate_weight", ".gate_bias")) is is_gate)

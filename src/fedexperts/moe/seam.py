@@ -1,0 +1,262 @@
+"""Where transformers calls a layer's experts: the one place that knows its insides.
+
+Since transformers 5 every MoE block of the decorated families calls ``experts(hidden_TD, top_k_index_TK,
+top_k_weights_TK)`` on a module with fused weights, and the implementation that runs is looked up by name. We
+register one implementation under :data:`IMPLEMENTATION` and keep its state on the experts module itself. The
+module is never replaced, so the names that ``save_pretrained`` writes stay as they were.
+
+Shape suffixes: ``T`` tokens, ``D`` hidden, ``E`` experts, ``K`` top-k, ``F`` expert inner size.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from fedexperts.errors import UserError
+
+IMPLEMENTATION = "fedexperts"
+"""Name under which :func:`experts_forward` is registered with transformers."""
+
+_MARKS = ("is_transposed", "has_bias", "has_gate", "is_concatenated")
+_ADDITION = "addition"
+_EXPERT_NAME = re.compile(r"^(?P<layer>.+)\.(?P<expert>\d+)\.(?P<parameter>[a-z_]+)$")
+_DECODE_ROWS = 64
+
+
+class Addition(Protocol):
+    """What may sit beside a layer's experts: it sees what they saw and gave, and returns the new output."""
+
+    def __call__(self, experts: nn.Module, hidden_TD: Tensor, routed_TD: Tensor) -> Tensor:
+        """The layer's routed output with the addition, shape (T, D)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeLayer:
+    """One MoE layer of a model, seen from the seam."""
+
+    index: int
+    """Position among the MoE layers, from 0 (dense layers are not counted)."""
+    name: str
+    """Module path of the experts, e.g. ``model.layers.3.mlp.experts``."""
+    experts: nn.Module
+    router: nn.Module
+    num_experts: int
+    hidden_size: int
+    expert_size: int
+
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the fused parameters, each with the expert as its first dimension."""
+        return tuple(
+            name
+            for name, parameter in self.experts.named_parameters(recurse=False)
+            if parameter.dim() >= 2 and parameter.shape[0] == self.num_experts
+        )
+
+    def expert(self, expert: int) -> dict[str, Tensor]:
+        """Views of one expert's weights in the fused parameters, by parameter name.
+
+        Raises:
+            UserError: ``expert`` is not one of the layer's.
+        """
+        if not 0 <= expert < self.num_experts:
+            raise UserError(f"expert {expert} of layer {self.name}: must be from 0 to {self.num_experts - 1}")
+        return {name: getattr(self.experts, name)[expert] for name in self.parameter_names()}
+
+    def router_row(self, expert: int) -> Tensor:
+        """The router's weight vector for ``expert``, shape (D,)."""
+        shape = (self.num_experts, self.hidden_size)
+        for parameter in self.router.parameters():
+            if parameter.shape == shape:
+                return parameter[expert]
+        raise UserError(f"the router of layer {self.name} has no weight of shape {shape}")
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return all(hasattr(module, mark) for mark in _MARKS) and isinstance(
+        getattr(module, "down_proj", None), nn.Parameter
+    )
+
+
+def _sibling_router(block: nn.Module, name: str) -> nn.Module:
+    for attribute in ("gate", "router"):
+        router = getattr(block, attribute, None)
+        if isinstance(router, nn.Module):
+            return router
+    raise UserError(f"the MoE block of {name} has no router under the name 'gate' or 'router'")
+
+
+def find_moe_layers(model: nn.Module) -> tuple[MoeLayer, ...]:
+    """All MoE layers in the order of depth.
+
+    Raises:
+        UserError: the model has no MoE layer, or none that is called through the seam (llama4, for one).
+    """
+    modules = dict(model.named_modules())
+    layers: list[MoeLayer] = []
+    for name, module in modules.items():
+        if not _is_experts(module):
+            continue
+        down = cast(Tensor, module.down_proj)
+        num_experts, rows, columns = down.shape
+        hidden, inner = (columns, rows) if module.is_transposed else (rows, columns)
+        layers.append(
+            MoeLayer(
+                index=len(layers),
+                name=name,
+                experts=module,
+                router=_sibling_router(modules[name.rpartition(".")[0]], name),
+                num_experts=num_experts,
+                hidden_size=hidden,
+                expert_size=inner,
+            )
+        )
+    if not layers:
+        raise UserError(_why_unsupported(model))
+    return tuple(layers)
+
+
+def _why_unsupported(model: nn.Module) -> str:
+    kind = type(model).__name__
+    suspects = sorted({type(m).__name__ for m in model.modules() if "Experts" in type(m).__name__})
+    if suspects:
+        return (
+            f"model class {kind} is not supported: its experts ({', '.join(suspects)}) are not called "
+            "through transformers' experts interface, so single experts cannot be addressed"
+        )
+    return f"model class {kind} has no MoE layers: model.name must be a Mixture-of-Experts model"
+
+
+def experts_forward(
+    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The registered implementation: transformers' grouped matmul, then whatever was added to the layer.
+
+    Shapes: ``hidden_states`` (T, D), ``top_k_index`` and ``top_k_weights`` (T, K); returns (T, D). A few
+    tokens on an accelerator take the batched matmul, as ``generate`` chooses for the stock implementation.
+    """
+    is_decoding = hidden_states.device.type != "cpu" and top_k_index.numel() <= _DECODE_ROWS
+    stock = ALL_EXPERTS_FUNCTIONS["batched_mm" if is_decoding else "grouped_mm"]
+    routed = cast(Tensor, stock(experts, hidden_states, top_k_index, top_k_weights))
+    addition = getattr(experts, _ADDITION, None)
+    return routed if addition is None else addition(experts, hidden_states, routed)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+def take_seat(model: Any) -> None:
+    """Make ``model`` call :func:`experts_forward` in every MoE layer; its numbers do not change by a bit."""
+    model.set_experts_implementation(IMPLEMENTATION)
+
+
+def leave_seat(model: Any) -> None:
+    """Give ``model`` back to transformers' own implementation; refused while something is still added."""
+    assert not any(hasattr(layer.experts, _ADDITION) for layer in find_moe_layers(model)), "additions remain"
+    model.set_experts_implementation("grouped_mm")
+
+
+def add_to_layer(layer: MoeLayer, addition: nn.Module) -> None:
+    """Put ``addition`` (see :class:`Addition`) beside the layer's experts, as a submodule of theirs."""
+    assert not hasattr(layer.experts, _ADDITION), f"layer {layer.name} has an addition already"
+    layer.experts.add_module(_ADDITION, addition)
+
+
+def take_from_layer(layer: MoeLayer) -> None:
+    """Take away what :func:`add_to_layer` put there; the layer is again what it was, bit for bit."""
+    delattr(layer.experts, _ADDITION)
+
+
+def addition_name(layer: MoeLayer) -> str:
+    """Module path of a layer's addition; the prefix of its parameters' names."""
+    return f"{layer.name}.{_ADDITION}"
+
+
+@contextmanager
+def watch_experts(layers: Iterable[MoeLayer], see: Any) -> Iterator[None]:
+    """Call ``see(layer, hidden_TD, top_k_index_TK, top_k_weights_TK, routed_TD)`` after each layer.
+
+    ``routed_TD`` is the experts' sum with any addition; an exception in ``see`` ends the forward pass.
+    """
+    handles = []
+    for layer in layers:
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, layer: MoeLayer = layer) -> None:
+            see(layer, args[0], args[1], args[2], output)
+
+        handles.append(layer.experts.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def expert_name(layer: MoeLayer, expert: int, parameter: str) -> str:
+    """Name of one expert's tensor on wire and disk, e.g. ``model.layers.3.mlp.experts.7.down_proj``."""
+    return f"{layer.name}.{expert}.{parameter}"
+
+
+def expert_names(layers: Iterable[MoeLayer]) -> tuple[str, ...]:
+    """Names of all experts' tensors, layer by layer, expert by expert."""
+    return tuple(
+        expert_name(layer, expert, parameter)
+        for layer in layers
+        for expert in range(layer.num_experts)
+        for parameter in layer.parameter_names()
+    )
+
+
+def tensor_views(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Views of ``model``'s tensors by name, where a name is a parameter's or :func:`expert_name`'s.
+
+    Writing into a view writes into the model. Raises ``KeyError`` for a name the model does not have.
+    """
+    parameters = dict(model.named_parameters())
+    return {name: _view(parameters, name).detach() for name in names}
+
+
+def _view(parameters: dict[str, nn.Parameter], name: str) -> Tensor:
+    if name in parameters:
+        return parameters[name]
+    match = _EXPERT_NAME.match(name)
+    fused = parameters.get(f"{match['layer']}.{match['parameter']}") if match else None
+    if match is None or fused is None or int(match["expert"]) >= fused.shape[0]:
+        raise KeyError(name)
+    return fused[int(match["expert"])]
+
+
+def fused_names(names: Iterable[str]) -> set[str]:
+    """Names of the parameters that hold the tensors called ``names`` (an expert's is its fused parameter)."""
+    fused = set()
+    for name in names:
+        match = _EXPERT_NAME.match(name)
+        fused.add(f"{match['layer']}.{match['parameter']}" if match else name)
+    return fused
+
+
+@torch.no_grad()
+def run_expert(experts: Any, hidden_TD: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """Output of one expert with ``weights`` (see :meth:`MoeLayer.expert`) for every token, shape (T, D)."""
+    return expert_output(experts, hidden_TD, weights)
+
+
+def expert_output(experts: Any, hidden_TD: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """As :func:`run_expert`, with gradients; the layout (transposed, biased, gated) is ``experts``'."""
+    entry = "gate_up_proj" if experts.has_gate else "up_proj"
+    inner = _linear(hidden_TD, weights[entry], weights.get(f"{entry}_bias"), experts.is_transposed)
+    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    output = _linear(inner, weights["down_proj"], weights.get("down_proj_bias"), experts.is_transposed)
+    has_norm = getattr(experts, "has_post_expert_norm", False)
+    return cast(Tensor, experts.post_expert_norm(output)) if has_norm else output
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
+    weight = weight.transpose(-2, -1) if is_transposed else weight
+    bias = None if bias is None else bias.to(input.dtype)
+    return nn.functional.linear(input, weight.to(input.dtype), bias)
