@@ -115,7 +115,7 @@ def graft(layers: Sequence[MoeLayer], chosen: Sequence[int], form: GraftForm, se
 def ungraft(layers: Sequence[MoeLayer]) -> None:
     """Take all grafts away."""
     for layer in layers:
-        if hasattr(layer.experts, "addition"):
+        if seam.addition_of(layer) is not None:
             seam.take_from_layer(layer)
 
 
@@ -143,7 +143,7 @@ class GateMeter:
     def see(self, layer: MoeLayer, hidden_TD: Tensor, *_: Tensor) -> None:
         """Add one layer's tokens; give this to :func:`fedexperts.moe.seam.watch_experts`."""
         with torch.no_grad():
-            self._sum[layer.index] += float(layer.experts.addition.openness(hidden_TD).float().sum())  # type: ignore[operator,union-attr]
+            self._sum[layer.index] += float(seam.addition_of(layer).openness(hidden_TD).float().sum())
         self._num_tokens[layer.index] += hidden_TD.shape[0]
 
     def means(self) -> list[float]:

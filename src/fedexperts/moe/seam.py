@@ -24,7 +24,7 @@ IMPLEMENTATION = "fedexperts"
 """Name under which :func:`experts_forward` is registered with transformers."""
 
 _MARKS = ("is_transposed", "has_bias", "has_gate", "is_concatenated")
-_ADDITION = "addition"
+_ADDITION = "graft"
 _EXPERT_NAME = re.compile(r"^(?P<layer>.+)\.(?P<expert>\d+)\.(?P<parameter>[a-z_]+)$")
 _DECODE_ROWS = 64
 
@@ -170,6 +170,11 @@ def add_to_layer(layer: MoeLayer, addition: nn.Module) -> None:
 def take_from_layer(layer: MoeLayer) -> None:
     """Take away what :func:`add_to_layer` put there; the layer is again what it was, bit for bit."""
     delattr(layer.experts, _ADDITION)
+
+
+def addition_of(layer: MoeLayer) -> Any:
+    """What :func:`add_to_layer` put beside the layer's experts, or None."""
+    return getattr(layer.experts, _ADDITION, None)
 
 
 def addition_name(layer: MoeLayer) -> str:
