@@ -1,0 +1,1 @@
+"""The round loop, what carries it, and what it leaves on disk."""

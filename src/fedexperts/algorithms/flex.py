@@ -1,0 +1,126 @@
+"""FLEx: Liu et al., arXiv 2506.00965, "Personalized Federated LLMs via Expert Grafting".
+
+Pretrained experts and routers stay frozen. LoRA on the non-expert parameters travels and is averaged; each
+client grafts one private expert per MoE layer, a copy of the pretrained expert that best reconstructs the
+layer on the client's data (eq. 4), behind a sigmoid gate (eq. 2), and keeps it. ``reading N`` points to
+docs/algorithms/flex.md.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedexperts.algorithms.aggregation import average, current, load_tensors, upload_of
+from fedexperts.algorithms.api import Client, ModelParts, ServerState
+from fedexperts.errors import UserError
+from fedexperts.local import LocalResult, ParameterGroup, local_steps
+from fedexperts.messages import Upload
+from fedexperts.moe import graft as grafting
+from fedexperts.moe import seam
+from fedexperts.moe.graft import GateMeter, GraftForm
+from fedexperts.moe.reconstruct import choose_experts, reconstruction_losses
+from fedexperts.tensors import Tensors
+
+CHOSEN = "chosen_experts"
+"""Personal tensor: the copied expert of each MoE layer, int64, shape (L,)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flex:
+    """Shared LoRA on non-experts, one private grafted expert per MoE layer."""
+
+    graft: GraftForm = field(default_factory=GraftForm)
+    """How the grafted expert is built and joined."""
+    graft_lr_scale: float = 1.0
+    """Learning rate of the grafted expert as a multiple of ``training.lr``."""
+    gate_lr_scale: float = 1.0
+    """Learning rate of the gate as a multiple of ``training.lr``."""
+    calibration_examples: int = 128
+    """Training examples, at most, that the copied expert is chosen by (reading 4)."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers outside their range."""
+        for name in ("graft_lr_scale", "gate_lr_scale"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.calibration_examples < 1:
+            raise UserError(f"calibration_examples must be at least 1, not {self.calibration_examples}")
+
+    def upload_names(self, parts: ModelParts) -> tuple[str, ...]:
+        """LoRA of the non-expert parameters, never an expert."""
+        return parts.lora_names
+
+    def personal_names(self, parts: ModelParts) -> tuple[str, ...]:
+        """Parameters of the grafts now in the model."""
+        prefixes = tuple(f"{seam.addition_name(layer)}." for layer in parts.layers)
+        return tuple(name for name, _ in parts.model.named_parameters() if name.startswith(prefixes))
+
+    def blank_personal(self, parts: ModelParts) -> Tensors:
+        """Expert 0 chosen everywhere: grafts are of one size whichever is copied."""
+        return {CHOSEN: torch.zeros(len(parts.layers), dtype=torch.int64)}
+
+    def init(self, parts: ModelParts) -> ServerState:
+        """LoRA's start."""
+        return ServerState(round=0, tensors=current(parts.model, parts.lora_names))
+
+    def download(self, state: ServerState, client_id: str) -> Tensors:
+        """The averaged LoRA."""
+        return state.tensors
+
+    def install(self, client: Client, personal: Tensors, tensors: Mapping[str, Tensor]) -> Tensors:
+        """Load the averaged LoRA and graft the client's own experts, chosen now if this is its first round."""
+        parts = client.parts
+        if not personal:
+            personal = {CHOSEN: self._choose(client)}
+        names = grafting.graft(parts.layers, personal[CHOSEN].tolist(), self.graft, client.seed)
+        load_tensors(parts.model, tensors)
+        load_tensors(parts.model, {name: personal[name] for name in names if name in personal})
+        return personal | current(parts.model, names)
+
+    def _choose(self, client: Client) -> Tensor:
+        """Eq. 4 on the pretrained model: LoRA's B is still zero here, whatever has been averaged since."""
+        batches = client.calibration_batches(self.calibration_examples)
+        losses = reconstruction_losses(client.parts.model, client.parts.layers, batches)
+        return torch.tensor(choose_experts(losses), dtype=torch.int64)
+
+    def client_update(
+        self, client: Client, personal: Tensors, tensors: Mapping[str, Tensor]
+    ) -> tuple[Upload, Tensors]:
+        """Train LoRA, graft and gate together; send LoRA, keep the rest."""
+        personal = self.install(client, personal, tensors)
+        parts, own = client.parts, self.personal_names(client.parts)
+        meter = GateMeter(parts.layers)
+        with seam.watch_experts(parts.layers, meter.see):
+            result = self._train(client, personal, own)
+        upload = upload_of(client, parts.lora_names, tensors, result.metrics())
+        for index, openness in enumerate(meter.means()):
+            upload.metrics[f"gate_mean.{index}"] = openness
+        kept = {CHOSEN: personal[CHOSEN]} | current(parts.model, own) | result.moments
+        return upload, kept
+
+    def _train(self, client: Client, personal: Tensors, own: tuple[str, ...]) -> LocalResult:
+        keep = client.training.optimizer_state == "kept"
+        weights = grafting.names_of_kind(own, is_gate=False)
+        gates = grafting.names_of_kind(own, is_gate=True)
+        groups = [
+            ParameterGroup(names=client.parts.lora_names, lr=client.lr),
+            ParameterGroup(names=weights, lr=client.lr * self.graft_lr_scale),
+            ParameterGroup(names=gates, lr=client.lr * self.gate_lr_scale),
+        ]
+        extra: dict[str, Any] = {"moments": personal, "keep_moments_of": own} if keep else {}
+        return local_steps(
+            client.parts.model,
+            client.draw_batches(),
+            groups,
+            client.training,
+            seed=client.derive_seed("dropout"),
+            on_step=client.on_step,
+            **extra,
+        )
+
+    def server_update(self, state: ServerState, uploads: Iterable[Upload]) -> ServerState:
+        """FedAvg on what travelled."""
+        return average(state, uploads)

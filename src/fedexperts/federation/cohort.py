@@ -1,0 +1,39 @@
+"""Who takes part in a round, from the seed and the round alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fedexperts.errors import UserError
+from fedexperts.seeds import derive_random
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortSettings:
+    """Section ``[cohort]``: who takes part, and what a failure means."""
+
+    size: int = 0
+    """Clients in each round, drawn without replacement; 0 takes all."""
+    on_failure: Literal["continue", "stop"] = "stop"
+    """When a client fails or its upload is refused: go on without it, or stop; the client is named either way."""
+
+    def __post_init__(self) -> None:
+        """Refuse a negative size."""
+        if self.size < 0:
+            raise UserError(f"size must be 0 (all clients) or more, not {self.size}")
+
+
+def draw_cohort(
+    client_ids: Sequence[str], settings: CohortSettings, seed: int, round: int
+) -> tuple[str, ...]:
+    """The clients of ``round``, in the order of ``client_ids``.
+
+    Raises:
+        UserError: the cohort is larger than the federation.
+    """
+    if settings.size > len(client_ids):
+        raise UserError(f"cohort.size is {settings.size}, but there are only {len(client_ids)} clients")
+    if settings.size in (0, len(client_ids)):
+        return tuple(client_ids)
+    drawn = set(derive_random(seed, "cohort", round).sample(list(client_ids), settings.size))
+    return tuple(client_id for client_id in client_ids if client_id in drawn)
