@@ -1,0 +1,142 @@
+"""Encoded examples to padded batches, of examples of like length.
+
+Shapes: B examples of a batch, T tokens of its longest.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fedexperts.data.examples import Example
+from fedexperts.data.prompts import Encoded, PromptFormat
+from fedexperts.errors import UserError
+
+IGNORED_LABEL: Final = -100
+"""The label that PyTorch's cross-entropy leaves out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Right-padded token ids and what is learnt of them; padding is told by length, never by a token's id."""
+
+    input_ids: Tensor
+    """Token ids, int64 [B, T]."""
+    attention_mask: Tensor
+    """1 for a token and 0 for padding, int64 [B, T]."""
+    labels: Tensor
+    """The token's own id (the model shifts them), or -100 for prompt and padding, int64 [B, T]."""
+    num_examples: int
+    num_labels: int
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on ``device``."""
+        return Batch(
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            labels=self.labels.to(device),
+            num_examples=self.num_examples,
+            num_labels=self.num_labels,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchCounts:
+    """What encoding made of some examples; counts of several can be added."""
+
+    num_examples: int = 0
+    """Examples given, those left out included."""
+    num_truncated: int = 0
+    """Examples of which something was cut."""
+    num_without_label: int = 0
+    """Examples left out, because the prompt alone fills `data.max_tokens`."""
+    num_tokens: int = 0
+    """Tokens of the examples that are kept."""
+    num_labels: int = 0
+    """Tokens of these that are learnt."""
+
+    def __add__(self, other: "BatchCounts") -> "BatchCounts":
+        """The counts of both together."""
+        return BatchCounts(
+            **{
+                name: getattr(self, name) + getattr(other, name)
+                for name in (field.name for field in fields(self))
+            }
+        )
+
+
+def encode_all(format: PromptFormat, examples: Sequence[Example]) -> tuple[list[Encoded], BatchCounts]:
+    """The examples as token ids, in their order; those without any label are left out and counted."""
+    encoded = format.encode_examples(examples)
+    kept = [each for each in encoded if each.num_labels > 0]
+    counts = BatchCounts(
+        num_examples=len(encoded),
+        num_truncated=sum(each.is_truncated for each in encoded),
+        num_without_label=len(encoded) - len(kept),
+        num_tokens=sum(len(each.input_ids) for each in kept),
+        num_labels=sum(each.num_labels for each in kept),
+    )
+    return kept, counts
+
+
+def draw_batches(
+    encoded: Sequence[Encoded],
+    *,
+    num_batches: int,
+    batch_size: int,
+    rng: random.Random,
+    pad_token_id: int,
+    multiple_of: int = 1,
+) -> list[Batch]:
+    """``num_batches`` full batches of examples drawn without replacement, those of like length together.
+
+    Where more are asked for than there are, all are drawn once, then again in a new order. What is drawn is
+    sorted by length, cut into batches, and the batches are shuffled, so that little is padded and the order
+    tells nothing. ``multiple_of`` rounds the length of a batch up.
+    """
+    if not encoded:
+        raise UserError("There is no example with a label to train on; data.max_tokens may be too small.")
+    drawn: list[Encoded] = []
+    while len(drawn) < num_batches * batch_size:
+        drawn += rng.sample(encoded, min(len(encoded), num_batches * batch_size - len(drawn)))
+    batches = list(
+        sequential_batches(drawn, batch_size=batch_size, pad_token_id=pad_token_id, multiple_of=multiple_of)
+    )
+    rng.shuffle(batches)
+    return batches
+
+
+def sequential_batches(
+    encoded: Sequence[Encoded], *, batch_size: int, pad_token_id: int, multiple_of: int = 1
+) -> Iterator[Batch]:
+    """Every example once, the shortest first; the last batch may be smaller."""
+    by_length = sorted(encoded, key=lambda each: len(each.input_ids))
+    for start in range(0, len(by_length), batch_size):
+        yield make_batch(by_length[start : start + batch_size], pad_token_id, multiple_of=multiple_of)
+
+
+def make_batch(encoded: Sequence[Encoded], pad_token_id: int, *, multiple_of: int = 1) -> Batch:
+    """One batch, padded on the right to the longest, and on to a multiple of ``multiple_of``."""
+    num_labels = sum(each.num_labels for each in encoded)
+    if num_labels == 0:
+        raise UserError(f"A batch with no label ({len(encoded)} examples); data.max_tokens may be too small.")
+    longest = max(len(each.input_ids) for each in encoded)
+    shape = (len(encoded), -(-longest // multiple_of) * multiple_of)
+    input_ids = torch.full(shape, pad_token_id)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED_LABEL)
+    for row, each in enumerate(encoded):
+        length = len(each.input_ids)
+        input_ids[row, :length] = torch.tensor(each.input_ids)
+        attention_mask[row, :length] = 1
+        labels[row, each.prompt_length : length] = input_ids[row, each.prompt_length : length]
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        num_examples=len(encoded),
+        num_labels=num_labels,
+    )

@@ -1,0 +1,202 @@
+"""The data of all clients: read once, divided, split, and kept on disk until a client's turn comes."""
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
+
+from fedexperts.data.examples import Example
+from fedexperts.data.generated import dress, tinyworld_categories, tinyworld_num_clients, tinyworld_style
+from fedexperts.data.partition import Partition, partition_examples
+from fedexperts.data.pool import Pool, PoolCounts, collect_pool
+from fedexperts.data.settings import TINYWORLD, DataSettings, PartitionSettings
+from fedexperts.data.sources import iterate_examples
+from fedexperts.data.split import SPLITS, Split, split_examples
+from fedexperts.data.spool import ExampleSpool
+from fedexperts.seeds import derive_random
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCounts:
+    """What became of every record of the source."""
+
+    source: PoolCounts
+    """Left out before the partition."""
+    num_without_client: int
+    """Examples that the partition gave to nobody: clients left out, labels that no client was dealt."""
+    num_over_client_limit: int
+    """Examples left out by `data.partition.max_examples_per_client`."""
+    num_moved: int
+    """Examples moved to clients that a Dirichlet draw had left with too few."""
+    num_used: int
+    """Examples that the clients have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientData:
+    """What is known of one client's examples without reading them."""
+
+    client_id: str
+    name: str
+    """What the source calls the client, or the style of its answers in tinyworld; empty where there is
+    neither."""
+    sizes: dict[Split, int]
+    """Examples in each split."""
+    labels: dict[str, int]
+    """Examples of each label, all splits together; without zeros."""
+    bounds: dict[Split, tuple[int, int]]
+    """Where each split begins and ends in the spool, in bytes."""
+
+
+class FederatedData:
+    """Every client's examples in three splits, read from disk when asked; see :func:`load_federated_data`.
+
+    Memory: a few hundred bytes for each client, whatever the number and the length of its examples.
+    """
+
+    def __init__(
+        self,
+        spool: ExampleSpool,
+        clients: Sequence[ClientData],
+        counts: DataCounts,
+        *,
+        label_names: Sequence[str],
+    ) -> None:
+        """Take over ``spool``, which :meth:`close` or the end of the process deletes."""
+        self._spool = spool
+        self._clients = {client.client_id: client for client in clients}
+        self.client_ids: tuple[str, ...] = tuple(self._clients)
+        """``client-000`` and on, in the order of creation."""
+        self.label_names = tuple(name for name in label_names if any(name in each.labels for each in clients))
+        """The labels that occur, in the order of `data.labels`, of tinyworld's categories, or by name."""
+        self.counts = counts
+        """What became of every record of the source."""
+
+    def client(self, client_id: str) -> ClientData:
+        """Name, sizes and labels of one client."""
+        return self._clients[client_id]
+
+    def examples(self, client_id: str, split: Split) -> list[Example]:
+        """The examples of one split of a client, in an order that is the same in every process."""
+        return self._spool.read(*self._clients[client_id].bounds[split])
+
+    def num_examples(self, client_id: str, split: Split) -> int:
+        """How many examples one split of a client has."""
+        return self._clients[client_id].sizes[split]
+
+    def label_counts(self) -> dict[str, dict[str, int]]:
+        """For each client how many examples of each label it has, all splits together; without zeros."""
+        return {client_id: dict(client.labels) for client_id, client in self._clients.items()}
+
+    def close(self) -> None:
+        """Delete the examples from disk; they cannot be read any more."""
+        self._spool.close()
+
+    def __enter__(self) -> Self:
+        """Close at the end of the block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+def load_federated_data(settings: DataSettings, seed: int) -> FederatedData:
+    """Read the source, give each client its examples, split them, and leave all of it on disk.
+
+    The split is made before anything else sees the examples. Equal arguments (and an unchanged source) give
+    equal examples in equal order in every process. No example is in two splits or with two clients, and of
+    records with the same prompt and response only the first is kept. A :class:`UserError` says what the user
+    can mend.
+    """
+    pool = _read_pool(settings, seed)
+    partition = partition_examples(
+        pool.labels_N,
+        pool.clients_N,
+        _chosen_partition(settings),
+        label_names=pool.label_names,
+        rng=derive_random(seed, "partition"),
+    )
+    spool = ExampleSpool()
+    clients = [
+        _write_client(pool, spool, settings, seed, position=position, partition=partition)
+        for position in range(len(partition.indices))
+    ]
+    pool.spool.close()
+    counts = _count(pool, partition, num_used=sum(sum(client.sizes.values()) for client in clients))
+    _log.info("%d clients with %d examples: %s", len(clients), counts.num_used, counts)
+    return FederatedData(spool, clients, counts, label_names=pool.label_names)
+
+
+def _read_pool(settings: DataSettings, seed: int) -> Pool:
+    label_order = tinyworld_categories(settings) if settings.source == TINYWORLD else settings.labels
+    return collect_pool(iterate_examples(settings, seed), settings, seed, label_order=label_order)
+
+
+def _chosen_partition(settings: DataSettings) -> PartitionSettings:
+    if settings.source != TINYWORLD:
+        return settings.partition
+    return replace(settings.partition, num_clients=tinyworld_num_clients(settings))
+
+
+def _write_client(
+    pool: Pool, spool: ExampleSpool, settings: DataSettings, seed: int, *, position: int, partition: Partition
+) -> ClientData:
+    """Split the examples of the client at ``position`` and append them to ``spool``."""
+    client_id = f"client-{position:03d}"
+    number = partition.clients[position] if partition.clients else position
+    name, dressed = _identity(pool, settings, number)
+    indices = _limit(partition.indices[position], settings, derive_random(seed, "client limit", client_id))
+    splits = split_examples(
+        [int(pool.prompts_N[index]) for index in indices],
+        settings.split,
+        client=f"{client_id} ({name})" if name else client_id,
+        rng=derive_random(seed, "split", client_id),
+    )
+    labels: Counter[str] = Counter()
+    bounds: dict[Split, tuple[int, int]] = {}
+    for split in SPLITS:
+        start = spool.size_bytes
+        for example in (dressed(pool.read(indices[place])) for place in splits[split]):
+            spool.append(example)
+            labels[example.label] += 1
+        bounds[split] = (start, spool.size_bytes)
+    return ClientData(
+        client_id=client_id,
+        name=name,
+        sizes={split: len(splits[split]) for split in SPLITS},
+        labels={label: labels[label] for label in pool.label_names if labels[label]},
+        bounds=bounds,
+    )
+
+
+def _identity(pool: Pool, settings: DataSettings, number: int) -> tuple[str, Callable[[Example], Example]]:
+    """The name of client ``number`` of the source, and what is done to its examples."""
+    if settings.source == TINYWORLD:
+        style = tinyworld_style(settings, number)
+        return style, lambda example: dress(example, style)
+    name = pool.client_names[number] if settings.partition.kind == "natural" else ""
+    return name, lambda example: example
+
+
+def _limit(indices: Sequence[int], settings: DataSettings, rng: random.Random) -> Sequence[int]:
+    most = settings.partition.max_examples_per_client
+    return sorted(rng.sample(indices, most)) if 0 < most < len(indices) else indices
+
+
+def _count(pool: Pool, partition: Partition, *, num_used: int) -> DataCounts:
+    num_given = sum(len(indices) for indices in partition.indices)
+    return DataCounts(
+        source=pool.counts,
+        num_without_client=len(pool) - num_given,
+        num_over_client_limit=num_given - num_used,
+        num_moved=partition.num_moved,
+        num_used=num_used,
+    )

@@ -1,0 +1,76 @@
+"""The generated world as a source: which of its examples are used, and who answers in which style."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from fedexperts.data.examples import Example
+from fedexperts.data.settings import DataSettings
+from fedexperts.data.tinyworld import CATEGORIES, STYLES, make_example, num_prompts, restyle
+from fedexperts.errors import UserError
+
+
+def tinyworld_categories(settings: DataSettings) -> tuple[str, ...]:
+    """The categories that ``data.labels`` keeps, in its order; all where it is empty."""
+    for label in settings.labels:
+        if label not in CATEGORIES:
+            raise UserError(
+                f'data.labels names "{label}", which is absent; present are {", ".join(CATEGORIES)}.'
+            )
+    return settings.labels or tuple(CATEGORIES)
+
+
+def tinyworld_num_clients(settings: DataSettings) -> int:
+    """The number of clients; one for each category where the setting is 0."""
+    return settings.partition.num_clients or len(tinyworld_categories(settings))
+
+
+def tinyworld_style(settings: DataSettings, client: int) -> str:
+    """The style of client number ``client``: of two clients with the same category, different ones.
+
+    Client i has style i; from one pass over the categories to the next the styles move on by one.
+    """
+    if settings.tinyworld.styles == "neutral":
+        return "neutral"
+    lap, category = divmod(client, len(tinyworld_categories(settings)))
+    return STYLES[(category + lap) % len(STYLES)]
+
+
+def dress(example: Example, style: str) -> Example:
+    """``example`` answered in ``style``; its client stays."""
+    return replace(restyle(example, style), client=example.client)
+
+
+def generate_tinyworld(settings: DataSettings, seed: int) -> Iterator[Example]:
+    """The examples of all clients, their prompts all different, answered in the neutral style.
+
+    For a natural partition client i gets category i (from the first again when they are used up), and its
+    number stands in ``Example.client``. For the others as many examples take the categories in turn.
+    """
+    categories = tinyworld_categories(settings)
+    _require_enough_prompts(categories, settings)
+    size = settings.tinyworld.examples_per_client
+    for number in range(tinyworld_num_clients(settings) * size):
+        client = ""
+        index, column = divmod(number, len(categories))
+        if settings.partition.kind == "natural":
+            owner, position = divmod(number, size)
+            lap, column = divmod(owner, len(categories))
+            index, client = lap * size + position, str(owner)
+        example = make_example(seed=seed, category=categories[column], index=index)
+        yield replace(example, client=client)
+
+
+def _require_enough_prompts(categories: tuple[str, ...], settings: DataSettings) -> None:
+    size, num_clients = settings.tinyworld.examples_per_client, tinyworld_num_clients(settings)
+    if settings.partition.kind == "natural":
+        needed = math.ceil(num_clients / len(categories)) * size
+    else:
+        needed = math.ceil(num_clients * size / len(categories))
+    for category in categories:
+        if needed > num_prompts(category):
+            raise UserError(
+                f"{num_clients} clients (data.partition.num_clients) of {size} examples "
+                f'(data.tinyworld.examples_per_client) need {needed} prompts of "{category}"; '
+                f"tinyworld has {num_prompts(category)}."
+            )

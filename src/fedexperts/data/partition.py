@@ -1,0 +1,243 @@
+"""Examples to clients: natural, in equal parts, a few labels each, or Dirichlet shares of each label.
+
+Every function takes what it needs of the examples (their number, labels or clients as integer codes) and
+gives for each client the indices of its examples, ascending. No index is given twice. C clients, N examples,
+L labels.
+"""
+
+import heapq
+import logging
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedexperts.data.settings import PartitionSettings
+from fedexperts.errors import UserError
+
+Codes = NDArray[np.int64]
+"""One integer per example that stands for its label or its client."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """The outcome: whose example is which."""
+
+    indices: tuple[tuple[int, ...], ...]
+    """For each client the indices of its examples, ascending."""
+    clients: tuple[int, ...] = ()
+    """For each client its code in a natural partition; empty in any other."""
+    num_moved: int = 0
+    """Examples that a Dirichlet draw gave to another client than the one they were moved to."""
+
+
+def partition_examples(
+    labels_N: Codes,
+    clients_N: Codes,
+    settings: PartitionSettings,
+    *,
+    label_names: Sequence[str],
+    rng: random.Random,
+) -> Partition:
+    """The partition that ``settings`` describe; a :class:`UserError` where the examples do not allow it."""
+    num_examples, num_clients = len(labels_N), settings.num_clients
+    if settings.kind == "natural":
+        partition = partition_natural(clients_N, num_clients=num_clients, min_examples=settings.min_examples)
+    else:
+        _require_enough_examples(num_examples, settings)
+        if settings.kind == "iid":
+            partition = partition_iid(num_examples, num_clients=num_clients, rng=rng)
+        elif settings.kind == "pathological":
+            partition = partition_pathological(
+                labels_N,
+                num_clients=num_clients,
+                labels_per_client=settings.labels_per_client,
+                label_names=label_names,
+                rng=rng,
+            )
+        else:
+            partition = partition_dirichlet(
+                labels_N,
+                num_clients=num_clients,
+                alpha=settings.alpha,
+                min_examples=settings.min_examples,
+                rng=rng,
+            )
+    _require_large_clients(partition, settings.min_examples)
+    given = [index for indices in partition.indices for index in indices]
+    assert len(given) == len(set(given)), "an example was given to two clients"
+    return partition
+
+
+def partition_iid(num_examples: int, *, num_clients: int, rng: random.Random) -> Partition:
+    """A shuffled deal in equal parts; sizes differ by one at most."""
+    order = list(range(num_examples))
+    rng.shuffle(order)
+    return Partition(indices=tuple(tuple(sorted(order[first::num_clients])) for first in range(num_clients)))
+
+
+def partition_natural(clients_N: Codes, *, num_clients: int, min_examples: int) -> Partition:
+    """One client for each code, in the order of codes; the largest where ``num_clients`` asks for fewer.
+
+    Clients with fewer than ``min_examples`` are left out and logged. Of clients of equal size the one whose
+    code comes first is kept.
+    """
+    codes, sizes = np.unique(clients_N, return_counts=True)
+    large = [(int(code), int(size)) for code, size in zip(codes, sizes, strict=True) if size >= min_examples]
+    if len(large) < max(1, num_clients):
+        raise UserError(
+            f"{len(large)} clients have {min_examples} examples or more (data.partition.min_examples), of "
+            f"{len(codes)} in the source; data.partition.num_clients is {num_clients}."
+        )
+    if len(large) < len(codes):
+        _log.warning(
+            "%d clients have fewer than %d examples and are left out.", len(codes) - len(large), min_examples
+        )
+    by_size = sorted(large, key=lambda entry: -entry[1])
+    kept = sorted(code for code, _ in by_size[: num_clients or None])
+    indices = tuple(tuple(np.flatnonzero(clients_N == code).tolist()) for code in kept)
+    return Partition(indices=indices, clients=tuple(kept))
+
+
+def partition_pathological(
+    labels_N: Codes,
+    *,
+    num_clients: int,
+    labels_per_client: int,
+    label_names: Sequence[str],
+    rng: random.Random,
+) -> Partition:
+    """``labels_per_client`` labels for each client; a label's examples are divided among those who hold it.
+
+    With one label each and no more clients than labels, client i holds label i. Labels that no client was
+    dealt are logged; their examples belong to nobody.
+    """
+    num_labels = len(label_names)
+    if labels_per_client > num_labels:
+        raise UserError(
+            f"data.partition.labels_per_client is {labels_per_client} but the examples have {num_labels} "
+            f"labels: {', '.join(label_names)}."
+        )
+    hands = deal_labels(num_labels, num_clients, labels_per_client, rng)
+    indices: list[list[int]] = [[] for _ in range(num_clients)]
+    for label, name in enumerate(label_names):
+        holders = [client for client, hand in enumerate(hands) if label in hand]
+        own = np.flatnonzero(labels_N == label).tolist()
+        if not holders:
+            _log.warning("No client holds the label %r; its %d examples are not used.", name, len(own))
+        elif len(own) < len(holders):
+            raise UserError(
+                f'Label "{name}" has {len(own)} examples for {len(holders)} clients; lower '
+                "data.partition.num_clients or data.partition.labels_per_client."
+            )
+        rng.shuffle(own)
+        for position, client in enumerate(holders):
+            indices[client].extend(own[position :: len(holders)])
+    return Partition(indices=tuple(tuple(sorted(own)) for own in indices))
+
+
+def deal_labels(
+    num_labels: int, num_clients: int, labels_per_client: int, rng: random.Random
+) -> list[list[int]]:
+    """The labels of each client, [C][labels_per_client], dealt from decks that hold each label once.
+
+    The first deck lies in order, later ones are shuffled; a client takes the first card that it does not
+    hold.
+    """
+    deck = list(range(num_labels))
+    hands: list[list[int]] = []
+    for _ in range(num_clients):
+        hand: list[int] = []
+        while len(hand) < labels_per_client:
+            new = [label for label in deck if label not in hand]
+            if new:
+                hand.append(new[0])
+                deck.remove(new[0])
+            else:
+                deck += rng.sample(range(num_labels), num_labels)
+        hands.append(hand)
+    return hands
+
+
+def partition_dirichlet(
+    labels_N: Codes, *, num_clients: int, alpha: float, min_examples: int, rng: random.Random
+) -> Partition:
+    """Each label divided among the clients by shares drawn from a symmetric Dirichlet distribution.
+
+    After Yurochkin et al., ICML 2019, arXiv 1905.12022: disjoint and without replacement, so that every
+    example is used once and clients differ in size too. Where a client is left with fewer than
+    ``min_examples``, the largest client gives it one of the label it has most of, until all have enough:
+    drawing again until the draw is good, as there, would favour even draws and does not end for small α and
+    many clients.
+    """
+    indices: list[list[int]] = [[] for _ in range(num_clients)]
+    for label in np.unique(labels_N):
+        own = np.flatnonzero(labels_N == label).tolist()
+        rng.shuffle(own)
+        cuts = np.rint(np.cumsum(dirichlet_shares(alpha, num_clients, rng)) * len(own)).astype(int)
+        starts = [0, *cuts[:-1].tolist()]
+        for client, (start, stop) in enumerate(zip(starts, [*cuts[:-1].tolist(), len(own)], strict=True)):
+            indices[client].extend(own[start:stop])
+    num_moved = _fill_small_clients(indices, labels_N, min_examples)
+    return Partition(indices=tuple(tuple(sorted(own)) for own in indices), num_moved=num_moved)
+
+
+def dirichlet_shares(alpha: float, size: int, rng: random.Random) -> list[float]:
+    """One draw of ``size`` shares that sum to 1 from the symmetric Dirichlet distribution.
+
+    Through logarithms of gamma variates, Gamma(α) = Gamma(α + 1) · U^(1/α), which do not underflow for small
+    α.
+    """
+    logs = [
+        math.log(rng.gammavariate(alpha + 1, 1.0)) + math.log(1 - rng.random()) / alpha for _ in range(size)
+    ]
+    largest = max(logs)
+    weights = [math.exp(value - largest) for value in logs]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def _fill_small_clients(indices: list[list[int]], labels_N: Codes, min_examples: int) -> int:
+    """Move examples from the largest clients until each has ``min_examples``; how many were moved."""
+    largest = [(-len(own), client) for client, own in enumerate(indices)]
+    heapq.heapify(largest)
+    num_moved = 0
+    for own in indices:
+        while len(own) < min_examples:
+            size, giver = heapq.heappop(largest)
+            if -size != len(indices[giver]):  # it has changed since it was pushed
+                heapq.heappush(largest, (-len(indices[giver]), giver))
+                continue
+            own.append(_take_of_commonest_label(indices[giver], labels_N))
+            heapq.heappush(largest, (size + 1, giver))
+            num_moved += 1
+    return num_moved
+
+
+def _take_of_commonest_label(own: list[int], labels_N: Codes) -> int:
+    codes = labels_N[own]
+    commonest = np.bincount(codes).argmax()
+    return own.pop(int(np.flatnonzero(codes == commonest)[-1]))
+
+
+def _require_enough_examples(num_examples: int, settings: PartitionSettings) -> None:
+    needed = settings.num_clients * settings.min_examples
+    if num_examples < needed:
+        raise UserError(
+            f"data.partition.num_clients is {settings.num_clients} with {settings.min_examples} examples "
+            f"each at least (data.partition.min_examples), which needs {needed}; there are {num_examples}."
+        )
+
+
+def _require_large_clients(partition: Partition, min_examples: int) -> None:
+    for client, own in enumerate(partition.indices):
+        if len(own) < min_examples:
+            raise UserError(
+                f"Client {client} would have {len(own)} examples; data.partition.min_examples is "
+                f"{min_examples}."
+            )

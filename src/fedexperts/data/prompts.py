@@ -1,0 +1,154 @@
+"""Examples to token ids: the prompt by the tokenizer's chat template or Alpaca's, the response, EOS.
+
+Prompt and response are tokenised apart and their ids joined. So the place where the labels begin is a length
+that is known, never a marker that is searched for, and what is generated begins where what was learnt began.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from fedexperts.data.examples import Example
+from fedexperts.data.settings import TEMPLATES
+from fedexperts.errors import UserError
+
+_ALPACA_WITH_CONTEXT: Final = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+)
+_ALPACA: Final = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+"""Both from Stanford Alpaca (Taori et al., 2023), with a line break after the last heading."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """One example as token ids, cut at the limit."""
+
+    input_ids: tuple[int, ...]
+    """Prompt, response and EOS."""
+    prompt_length: int
+    """How many of the ids are the prompt's; the labels are the others."""
+    is_truncated: bool
+    """Whether anything was cut, EOS being the first to go."""
+
+    @property
+    def num_labels(self) -> int:
+        """How many ids are learnt."""
+        return len(self.input_ids) - self.prompt_length
+
+
+class PromptFormat:
+    """How examples are worded and tokenised for one tokenizer.
+
+    A response ends with the tokenizer's EOS, so that is where generation is to stop (``eos_token_id``),
+    whatever the model's generation settings name besides.
+    """
+
+    eos_token_id: int
+    pad_token_id: int
+    """Fills up batches. Never EOS where the tokenizer has any other token for it; labels and attention go by
+    lengths in any case."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int) -> None:
+        """Check the tokenizer; ``template`` and ``max_tokens`` as in ``DataSettings``."""
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f'The tokenizer "{tokenizer.name_or_path}" has no EOS token; without one no response ends, '
+                f"so set "
+                "eos_token in its tokenizer_config.json."
+            )
+        assert template in TEMPLATES
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.eos_token_id = int(tokenizer.eos_token_id)
+        self.pad_token_id = _pad_token_id(tokenizer)
+        self.is_chat = template == "chat" or (template == "auto" and tokenizer.chat_template is not None)
+        if self.is_chat:
+            self._require_chat_template()
+        self._leading_ids = [] if self.is_chat else _leading_ids(tokenizer)
+
+    def prompt_text(self, example: Example) -> str:
+        """All that stands before the response; without the BOS that the Alpaca template gets as an id."""
+        if self.is_chat:
+            return self._chat_text(example)
+        template = _ALPACA_WITH_CONTEXT if example.context else _ALPACA
+        return template.format(instruction=example.instruction, context=example.context)
+
+    def encode_prompt(self, example: Example) -> list[int]:
+        """The prompt's ids, never cut; generation goes on from their end."""
+        return self.encode_prompts([example])[0]
+
+    def encode_prompts(self, examples: Sequence[Example]) -> list[list[int]]:
+        """The ids of each prompt; faster than one by one."""
+        texts = [self.prompt_text(example) for example in examples]
+        return [self._leading_ids + ids for ids in self._tokenize(texts)]
+
+    def encode(self, example: Example) -> Encoded:
+        """Prompt, response and EOS, cut at ``max_tokens`` from the end."""
+        return self.encode_examples([example])[0]
+
+    def encode_examples(self, examples: Sequence[Example]) -> list[Encoded]:
+        """:meth:`encode` of each; faster than one by one."""
+        prompts = self.encode_prompts(examples)
+        responses = self._tokenize([example.response for example in examples], split_special_tokens=True)
+        return [self._join(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+    def _join(self, prompt: list[int], response: list[int]) -> Encoded:
+        ids = [*prompt, *response, self.eos_token_id]
+        return Encoded(
+            input_ids=tuple(ids[: self.max_tokens]),
+            prompt_length=min(len(prompt), self.max_tokens),
+            is_truncated=len(ids) > self.max_tokens,
+        )
+
+    def _tokenize(self, texts: list[str], **options: Any) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False, **options)
+        return list(encoded["input_ids"])
+
+    def _chat_text(self, example: Example) -> str:
+        content = f"{example.instruction}\n\n{example.context}" if example.context else example.instruction
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _require_chat_template(self) -> None:
+        if self.tokenizer.chat_template is None:
+            raise UserError(
+                f'data.template is "chat" but the tokenizer "{self.tokenizer.name_or_path}" has no chat '
+                f'template; "alpaca" needs none.'
+            )
+        try:
+            self._chat_text(Example(instruction="?", response=""))
+        except (TemplateError, ValueError, TypeError) as error:
+            raise UserError(
+                f'The chat template of the tokenizer "{self.tokenizer.name_or_path}" cannot be used '
+                f'({error}); data.template = "alpaca" does without.'
+            ) from error
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's pad, or another token that is not EOS, or EOS where it has none else."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
+        if token_id is not None and token_id != tokenizer.eos_token_id:
+            return int(token_id)
+    return int(tokenizer.eos_token_id)
+
+
+def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text of its own accord, such as BOS."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    start = next(start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
+    return list(whole[:start])

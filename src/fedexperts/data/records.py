@@ -1,0 +1,84 @@
+"""One record of a source to an :class:`Example`, by the field map."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fedexperts.data.examples import Example
+from fedexperts.data.settings import DataSettings, FieldMap
+from fedexperts.errors import UserError
+
+_ALIASES: Final = {"context": "input", "response": "output"}
+"""Another usual name of a field, tried where the field map is at its default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordReader:
+    """Which fields to read, and which of them every record must have."""
+
+    fields: FieldMap
+    required: frozenset[str]
+    """Names of the map's entries, e.g. ``label``, whose field must be in every record."""
+
+    @classmethod
+    def from_settings(cls, settings: DataSettings) -> "RecordReader":
+        """A reader that requires a field if the partition goes by it or the user has named it."""
+        required = {"instruction", "response"}
+        default = FieldMap()
+        for name in ("context", "label", "client"):
+            own = getattr(settings.fields, name)
+            if own and own != getattr(default, name):
+                required.add(name)
+        if settings.labels or settings.partition.kind in ("pathological", "dirichlet"):
+            required.add("label")
+        return cls(fields=settings.fields, required=frozenset(required))
+
+    def read(self, record: Mapping[str, Any], where: str) -> Example:
+        """The example in ``record``; ``where`` (file and line) names it in an error and becomes its
+        source_id."""
+        return Example(
+            instruction=self._text(record, "instruction", where),
+            context=self._text(record, "context", where),
+            response=self._text(record, "response", where),
+            label=self._name(record, "label", where),
+            client=self._name(record, "client", where),
+            source_id=where,
+        )
+
+    def _text(self, record: Mapping[str, Any], name: str, where: str) -> str:
+        field, value = self._find(record, name, where)
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise UserError(f'{where}: field "{field}" is of type {type(value).__name__}; it must be text.')
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f'{where}: field "{field}" is not valid Unicode text ({error.reason}).') from None
+        return value
+
+    def _name(self, record: Mapping[str, Any], name: str, where: str) -> str:
+        field, value = self._find(record, name, where)
+        if isinstance(value, str | int | float):
+            text = str(value)
+        elif value is None:
+            text = ""
+        else:
+            raise UserError(f'{where}: field "{field}" is of type {type(value).__name__}; it must be a name.')
+        if not text and name in self.required:
+            raise UserError(f'{where}: field "{field}" (data.fields.{name}) is empty.')
+        return text
+
+    def _find(self, record: Mapping[str, Any], name: str, where: str) -> tuple[str, Any]:
+        field = getattr(self.fields, name)
+        if field in record:
+            return field, record[field]
+        alias = _ALIASES.get(name)
+        if alias in record and field == getattr(FieldMap(), name):
+            return str(alias), record[str(alias)]
+        if name in self.required:
+            raise UserError(
+                f'{where}: field "{field}" (data.fields.{name}) is missing; the record has '
+                f"{', '.join(map(str, record)) or 'no fields'}."
+            )
+        return field, None

@@ -1,0 +1,203 @@
+"""Settings of the data: where examples come from, how they come to clients, how a client's are split."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Final
+
+from fedexperts.errors import UserError
+
+PARTITION_KINDS: Final = ("natural", "iid", "pathological", "dirichlet")
+TEMPLATES: Final = ("auto", "chat", "alpaca")
+TINYWORLD: Final = "tinyworld"
+TINYWORLD_STYLES: Final = ("house", "neutral")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldMap:
+    """The names of a record's fields in the source."""
+
+    instruction: str = "instruction"
+    """Field with what is asked."""
+    context: str = "context"
+    """Field with a passage the instruction refers to, or "" for none; left at its default, `input` will do
+    and so will no such field."""
+    response: str = "response"
+    """Field with the answer to learn; left at its default, `output` will do."""
+    label: str = "category"
+    """Field with the category that the label partitions go by; left at its default, it may be absent where no
+    label is needed."""
+    client: str = ""
+    """Field with the client or domain that the natural partition goes by."""
+
+    def __post_init__(self) -> None:
+        """Refuse a map without the two fields that every example has."""
+        for name in ("instruction", "response"):
+            if not getattr(self, name):
+                raise UserError(f"data.fields.{name} is empty; it must name a field of the source.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyworldSettings:
+    """How much of the generated data set each client gets, and in whose words."""
+
+    examples_per_client: int = 160
+    """Examples for each client, all splits together; with the default shares 100 train, 20 validate, 40
+    test."""
+    styles: str = "house"
+    """"house": each client answers in a way of its own; "neutral": all answer alike."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes and styles that cannot be."""
+        if self.examples_per_client < 1:
+            raise UserError(
+                f"data.tinyworld.examples_per_client is {self.examples_per_client}; it must be at least 1."
+            )
+        _require_one_of("data.tinyworld.styles", self.styles, TINYWORLD_STYLES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionSettings:
+    """Which example belongs to which client."""
+
+    kind: str = "natural"
+    """"natural" by the client field, "iid" at random in equal parts, "pathological" a few labels for each
+    client, "dirichlet" shares of each label drawn from a Dirichlet distribution."""
+    num_clients: int = 0
+    """Number of clients; 0 takes as many as the source has: every value of the client field, or for tinyworld
+    one for each category."""
+    labels_per_client: int = 1
+    """Labels for each client of a pathological partition."""
+    alpha: float = 0.5
+    """Concentration α of the Dirichlet partition: towards 0 each label goes to one client, towards infinity
+    all clients are alike."""
+    min_examples: int = 10
+    """Examples each client has at least: a Dirichlet partition moves examples from the largest clients, a
+    natural one leaves smaller clients out, any other is refused."""
+    max_examples_per_client: int = 0
+    """Examples a client keeps at most, drawn at random before its split; 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, and those that the chosen kind would not use."""
+        _require_one_of("data.partition.kind", self.kind, PARTITION_KINDS)
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise UserError(f"data.partition.alpha is {self.alpha}; it must be finite and greater than 0.")
+        for name, least in _LEAST_COUNTS.items():
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"data.partition.{name} is {getattr(self, name)}; it must be at least {least}."
+                )
+        if 0 < self.max_examples_per_client < self.min_examples:
+            raise UserError(
+                f"data.partition.max_examples_per_client is {self.max_examples_per_client}; it must be 0 (no "
+                f"limit) or at least data.partition.min_examples, which is {self.min_examples}."
+            )
+        for name, kind in (("labels_per_client", "pathological"), ("alpha", "dirichlet")):
+            is_default = getattr(self, name) == PartitionSettings.__dataclass_fields__[name].default
+            if self.kind != kind and not is_default:
+                raise UserError(
+                    f"data.partition.{name} is {getattr(self, name)} but data.partition.kind is "
+                    f'"{self.kind}"; only "{kind}" uses it.'
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSettings:
+    """Shares of each client's examples; what is left is trained on."""
+
+    validation: float = 0.125
+    """Share of a client's examples kept for validation, from 0 to below 1."""
+    test: float = 0.25
+    """Share of a client's examples kept for its test, above 0 and below 1; at least one example."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares that leave nothing to train on or to test with."""
+        if not 0 <= self.validation < 1:
+            raise UserError(f"data.split.validation is {self.validation}; it must be from 0 to below 1.")
+        if not 0 < self.test < 1:
+            raise UserError(f"data.split.test is {self.test}; it must be above 0 and below 1.")
+        if self.validation + self.test >= 1:
+            raise UserError(
+                f"data.split.validation ({self.validation}) and data.split.test ({self.test}) sum to "
+                f"{self.validation + self.test:g}; below 1 is needed, or nothing is left to train on."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The `[data]` section."""
+
+    source: str = TINYWORLD
+    """"tinyworld", a file of JSON lines (.json, .jsonl, also .gz) or a folder of them, or the name of a
+    Hugging Face data set."""
+    hub_config: str = ""
+    """Configuration of the Hugging Face data set; "" for its default."""
+    hub_split: str = "train"
+    """Split of the Hugging Face data set whose records are divided among the clients."""
+    revision: str = ""
+    """Commit, tag or branch of the Hugging Face data set; "" for its newest."""
+    max_examples: int = 0
+    """Examples kept of the source, drawn at random by the run's seed; 0 keeps all."""
+    labels: tuple[str, ...] = ()
+    """Labels kept, in the order in which a pathological partition deals them; empty keeps all."""
+    max_tokens: int = 256
+    """Tokens of prompt and response together; what is over is cut from the end and counted."""
+    template: str = "auto"
+    """How a prompt is worded: "chat" by the tokenizer's template, "alpaca", or "auto" for chat where there is
+    one."""
+    fields: FieldMap = field(default_factory=FieldMap)
+    """Names of the source's fields."""
+    tinyworld: TinyworldSettings = field(default_factory=TinyworldSettings)
+    """Size and style of the generated data set."""
+    partition: PartitionSettings = field(default_factory=PartitionSettings)
+    """Examples to clients."""
+    split: SplitSettings = field(default_factory=SplitSettings)
+    """A client's examples to train, validation and test."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range and pairs of settings that do not go together."""
+        _require_one_of("data.template", self.template, TEMPLATES)
+        if not self.source:
+            raise UserError(f'data.source is empty; it must be "{TINYWORLD}", a path or a data set name.')
+        if self.max_tokens < 2:
+            raise UserError(f"data.max_tokens is {self.max_tokens}; it must be at least 2.")
+        if self.max_examples < 0:
+            raise UserError(f"data.max_examples is {self.max_examples}; it must be 0 (all) or more.")
+        if len(set(self.labels)) != len(self.labels):
+            raise UserError(f"data.labels names a label twice: {', '.join(self.labels)}.")
+        if self.source == TINYWORLD:
+            self._refuse_unused(("fields", "hub_config", "hub_split", "revision"))
+        else:
+            self._refuse_unused(("tinyworld",))
+            self._require_client_field()
+
+    def _refuse_unused(self, names: tuple[str, ...]) -> None:
+        defaults = {"fields": FieldMap(), "tinyworld": TinyworldSettings(), "hub_split": "train"}
+        for name in names:
+            if getattr(self, name) != defaults.get(name, ""):
+                raise UserError(f'data.{name} is set but has no effect with data.source = "{self.source}".')
+
+    def _require_client_field(self) -> None:
+        if self.partition.kind == "natural" and not self.fields.client:
+            raise UserError(
+                'data.partition.kind is "natural" but data.fields.client is empty; it must name the field '
+                "that "
+                "tells the client, or another kind be chosen: iid, pathological or dirichlet."
+            )
+        if self.partition.kind != "natural" and self.partition.num_clients == 0:
+            raise UserError(
+                f'data.partition.num_clients is 0; a partition of kind "{self.partition.kind}" over '
+                f'"{self.source}" needs the number of clients.'
+            )
+
+
+_LEAST_COUNTS: Final = {
+    "num_clients": 0,
+    "labels_per_client": 1,
+    "min_examples": 2,
+    "max_examples_per_client": 0,
+}
+
+
+def _require_one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f'{key} is "{value}"; it must be one of {", ".join(allowed)}.')

@@ -1,0 +1,52 @@
+"""Examples kept in a file instead of in memory."""
+
+import json
+import os
+import tempfile
+import weakref
+from dataclasses import astuple
+
+from fedexperts.data.examples import Example
+
+
+class ExampleSpool:
+    """A temporary file of examples, one JSON array on each line, read by byte position.
+
+    The file has no name (where the system allows that), so that nothing is left of it even when the process
+    is killed. It lies in the folder for temporary files, which the environment variable TMPDIR moves.
+    """
+
+    def __init__(self) -> None:
+        """Open the file, empty."""
+        self._file = tempfile.TemporaryFile(prefix="fedexperts-")  # noqa: SIM115  (closed by `close`)
+        self._is_flushed = True
+        self.close = weakref.finalize(self, self._file.close)
+        self.size_bytes = 0
+
+    def append(self, example: Example) -> None:
+        """Write ``example`` at the end, from ``size_bytes`` on."""
+        line = json.dumps(astuple(example), ensure_ascii=False).encode() + b"\n"
+        self._file.write(line)
+        self._is_flushed = False
+        self.size_bytes += len(line)
+
+    def read(self, start: int, stop: int) -> list[Example]:
+        """The examples between two byte positions at which examples begin or end."""
+        if not self._is_flushed:
+            self._file.flush()
+            self._is_flushed = True
+        block = os.pread(self._file.fileno(), stop - start, start)
+        assert len(block) == stop - start
+        return [_example(line) for line in block.splitlines()]
+
+
+def _example(line: bytes) -> Example:
+    instruction, response, context, label, client, source_id = json.loads(line)
+    return Example(
+        instruction=instruction,
+        response=response,
+        context=context,
+        label=label,
+        client=client,
+        source_id=source_id,
+    )

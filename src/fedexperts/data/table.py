@@ -1,0 +1,36 @@
+"""Clients by labels: who has what, and how it is split."""
+
+from dataclasses import dataclass
+
+from fedexperts.data.federated import FederatedData
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelRow:
+    """One client's line of the table."""
+
+    client_id: str
+    name: str
+    """What the source calls the client, or its style in tinyworld; may be empty."""
+    num_train: int
+    num_validation: int
+    num_test: int
+    labels: dict[str, int]
+    """Examples of every label of any client, all splits together; zeros included, the same keys in each
+    row."""
+
+
+def label_table(data: FederatedData) -> list[LabelRow]:
+    """One row for each client, in their order."""
+    clients = [data.client(client_id) for client_id in data.client_ids]
+    return [
+        LabelRow(
+            client_id=client.client_id,
+            name=client.name,
+            num_train=client.sizes["train"],
+            num_validation=client.sizes["validation"],
+            num_test=client.sizes["test"],
+            labels={name: client.labels.get(name, 0) for name in data.label_names},
+        )
+        for client in clients
+    ]
