@@ -1,0 +1,1 @@
+"""From TOML and ``key=value`` to the settings of a run."""

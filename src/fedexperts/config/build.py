@@ -1,0 +1,215 @@
+"""Tables to settings classes and back, for any frozen dataclass.
+
+A settings class may check itself in ``__post_init__`` without knowing where it stands: it raises
+``UserError("alpha must be > 0, not -1")``, the field's name first, and :func:`build` puts the file and the
+section (``data.partition.``) in front, unless the message names the section itself.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field
+from typing import Any, TypeVar
+
+from fedexperts.config.toml import Table, merged, render_value
+from fedexperts.errors import UserError
+
+Settings = TypeVar("Settings")
+
+CLASSES = "classes"
+"""Metadata key of a required field whose section picks, by ``name``, one class of the dict that stands there;
+the section's other keys are that class's fields."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a table came from, for messages."""
+
+    file: str
+    """Path of the file as the user wrote it."""
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    """Text of what was given on the command line, by full key."""
+    known_keys: Collection[str] = ()
+    """Every full key there is, to suggest from."""
+
+    def error(self, key: str, problem: str) -> UserError:
+        """An error about ``key``, e.g. ``flex.toml: training.lr must be a finite number, not "fast"``."""
+        is_override = any(full == key or full.startswith(f"{key}.") for full in self.overrides)
+        return UserError(f"{'command line' if is_override else self.file}: {key} {problem}")
+
+
+def build(cls: type[Settings], table: Mapping[str, Any], source: Source, prefix: str = "") -> Settings:
+    """An instance of ``cls`` from a table; UserError for whatever the class does not take."""
+    hints, by_name, values = typing.get_type_hints(cls), _fields(cls), {}
+    for key in table:
+        if key not in by_name:
+            raise source.error(prefix + key, f"is not a setting{_suggestion(prefix, key, by_name, source)}")
+    for name, item in by_name.items():
+        if CLASSES in item.metadata:
+            values[name] = _build_chosen(item.metadata[CLASSES], table.get(name, {}), source, prefix + name)
+        elif name in table:
+            values[name] = _build_field(item, hints[name], table[name], source, prefix + name)
+        elif is_required(item):
+            raise source.error(prefix + name, f"is missing; it must be {describe(hints[name])}")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise _placed(str(error), by_name, source, prefix) from error
+
+
+def to_table(settings: Any) -> Table:
+    """The table that :func:`build` makes an equal instance from; None, which TOML lacks, is left out."""
+    table: Table = {}
+    for name, item in _fields(type(settings)).items():
+        value = getattr(settings, name)
+        if CLASSES in item.metadata:
+            chosen = [key for key, cls in item.metadata[CLASSES].items() if type(value) is cls]
+            table[name] = {"name": chosen[0], **to_table(value)}
+        elif dataclasses.is_dataclass(value):
+            table[name] = to_table(value)
+        elif value is not None:
+            table[name] = list(value) if isinstance(value, tuple) else value
+    return table
+
+
+def all_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """Every full key a table for ``cls`` may have."""
+    hints = typing.get_type_hints(cls)
+    for name, item in _fields(cls).items():
+        if CLASSES in item.metadata:
+            yield f"{prefix}{name}.name"
+            for chosen in item.metadata[CLASSES].values():
+                yield from all_keys(chosen, f"{prefix}{name}.")
+        elif dataclasses.is_dataclass(hints[name]):
+            yield from all_keys(hints[name], f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def is_required(item: Field[Any]) -> bool:
+    """Whether a field has no default."""
+    return item.default is MISSING and item.default_factory is MISSING
+
+
+def default_of(item: Field[Any]) -> Any:
+    """The default of a field that has one."""
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def describe(hint: Any) -> str:
+    """A type in words, e.g. ``a whole number`` or ``"iid" or "natural"``."""
+    arguments = typing.get_args(hint)
+    if _is_union(hint):
+        return " or ".join(describe(member) for member in arguments if member is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(render_value, arguments))
+    if typing.get_origin(hint) is tuple:
+        plain = {int: "whole numbers", float: "finite numbers", str: "texts"}.get(arguments[0])
+        return f"a list of {plain}" if plain else f"a list, each of them {describe(arguments[0])}"
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+    return words.get(hint, "a section")
+
+
+def _fields(cls: Any) -> dict[str, Field[Any]]:
+    return {item.name: item for item in dataclasses.fields(cls) if item.init}
+
+
+def _placed(message: str, names: Collection[str], source: Source, prefix: str) -> UserError:
+    """An error of a settings class about itself, with the place in front."""
+    first, _, problem = message.partition(" ")
+    name = first.removeprefix(prefix)
+    if name.partition(".")[0] in names:
+        return source.error(prefix + name, problem)
+    return source.error(f"{prefix.rstrip('.') or 'settings'}:", message)
+
+
+def _build_chosen(classes: Mapping[str, type], section: Any, source: Source, section_key: str) -> Any:
+    key, allowed = f"{section_key}.name", " or ".join(map(render_value, sorted(classes)))
+    if not isinstance(section, Mapping):
+        raise source.error(section_key, f"is a section; {key} must be {allowed}, not {render_value(section)}")
+    if "name" not in section:
+        raise source.error(key, f"is missing; it must be {allowed}")
+    name = section["name"]
+    if not isinstance(name, str) or name not in classes:
+        raise source.error(key, f"must be {allowed}, not {render_value(name)}{_nearest(str(name), classes)}")
+    rest = {key: value for key, value in section.items() if key != "name"}
+    return build(classes[name], rest, source, f"{section_key}.")
+
+
+def _build_field(item: Field[Any], hint: Any, value: Any, source: Source, key: str) -> Any:
+    if not dataclasses.is_dataclass(hint):
+        return _convert(hint, value, source, key)
+    if not isinstance(value, Mapping):
+        example = f"{key}.{next(iter(_fields(hint)))}"
+        raise source.error(key, f"is a section with keys such as {example}, not {render_value(value)}")
+    if not is_required(item):
+        value = merged(to_table(default_of(item)), value)
+    assert isinstance(hint, type)
+    return build(hint, value, source, f"{key}.")
+
+
+_NO = object()
+"""What :func:`_match` gives for a value that does not fit; None is a value."""
+
+
+def _convert(hint: Any, value: Any, source: Source, key: str) -> Any:
+    result = _match(hint, value)
+    if result is _NO and key in source.overrides:
+        # The command line has no quotes left: 2024 is a fine revision.
+        result = _match(hint, source.overrides[key])
+    if result is _NO:
+        near = _nearest(str(value), list(_texts_allowed(hint)))
+        raise source.error(key, f"must be {describe(hint)}, not {render_value(value)}{near}")
+    return result
+
+
+def _match(hint: Any, value: Any) -> Any:
+    """``value`` as ``hint`` has it, or ``_NO``; never a guess such as 3.0 or true for a whole number."""
+    arguments = typing.get_args(hint)
+    if _is_union(hint):
+        results = (_match(member, value) for member in arguments if member is not type(None))
+        return next((result for result in results if result is not _NO), _NO)
+    if typing.get_origin(hint) is typing.Literal:
+        return value if any(type(one) is type(value) and one == value for one in arguments) else _NO
+    if typing.get_origin(hint) is tuple:
+        assert arguments[1:] == (Ellipsis,), f"a list setting is tuple[T, ...], not {hint}"
+        items = tuple(_match(arguments[0], one) for one in value) if isinstance(value, list) else (_NO,)
+        return _NO if _NO in items else items
+    if hint is float and type(value) in (int, float):
+        return float(value) if math.isfinite(value) else _NO
+    assert hint in (int, float, bool, str), f"a setting cannot be of type {hint}"
+    return value if type(value) is hint else _NO
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _texts_allowed(hint: Any) -> Iterator[str]:
+    if typing.get_origin(hint) is typing.Literal:
+        yield from (value for value in typing.get_args(hint) if isinstance(value, str))
+    else:
+        for member in typing.get_args(hint):
+            yield from _texts_allowed(member)
+
+
+def _nearest(word: str, allowed: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, allowed, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _suggestion(prefix: str, key: str, siblings: Collection[str], source: Source) -> str:
+    """The nearest name in the same section, else in any by its last word, else all that are allowed."""
+    near = difflib.get_close_matches(key, siblings, n=1)
+    if near:
+        return f"; did you mean {prefix}{near[0]}?"
+    if f"{prefix}{key}" in source.known_keys:
+        return f" of this {prefix}name; allowed: {', '.join(sorted(siblings)) or 'name only'}"
+    elsewhere = {known.rpartition(".")[2]: known for known in source.known_keys}
+    near = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.8)
+    if near:
+        return f"; did you mean {elsewhere[near[0]]}?"
+    return f"; allowed here: {', '.join(sorted(siblings))}"

@@ -1,0 +1,85 @@
+"""An experiment file and ``key=value`` overrides to a RunConfig; a RunConfig to TOML, hash and difference."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedexperts.config import build
+from fedexperts.config.build import Source
+from fedexperts.config.schema import RunConfig
+from fedexperts.config.toml import (
+    flattened,
+    overridden,
+    parse_value,
+    read_toml,
+    render_toml,
+    render_value,
+    split_overrides,
+)
+
+Settings = TypeVar("Settings")
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in a TOML file, with ``training.lr=3e-3`` and the like in place of the file's values.
+
+    Raises:
+        UserError: one sentence with the file (or "command line"), the key, its value and what is allowed.
+    """
+    return build_config(read_toml(path), str(path), overrides)
+
+
+def build_config(table: Mapping[str, Any], file: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in a table that came from ``file``; see :func:`load_config`."""
+    return build_settings(RunConfig, table, file, overrides)
+
+
+def build_settings(
+    cls: type[Settings], table: Mapping[str, Any], file: str, overrides: Sequence[str] = ()
+) -> Settings:
+    """The same for any settings class."""
+    texts = split_overrides(overrides)
+    source = Source(file=file, overrides=texts, known_keys=tuple(build.all_keys(cls)))
+    values = {key: parse_value(text) for key, text in texts.items()}
+    return build.build(cls, overridden(table, values), source)
+
+
+def to_table(config: RunConfig) -> dict[str, Any]:
+    """The resolved configuration, every key with its value, as plain nested data."""
+    return build.to_table(config)
+
+
+def resolved_toml(config: RunConfig) -> str:
+    """The text of an experiment file that loads as an equal configuration."""
+    return render_toml(to_table(config))
+
+
+def config_sha256(config: RunConfig) -> str:
+    """Hash of the resolved configuration."""
+    return settings_sha256(to_table(config))
+
+
+def settings_sha256(settings: Mapping[str, Any]) -> str:
+    """Hash of a resolved configuration read back as plain data, such as ``settings`` in result.json."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def difference(old: RunConfig, new: RunConfig) -> list[str]:
+    """What changed from ``old`` to ``new``, e.g. ``training.lr: 0.003 -> 0.01``, in the order of keys."""
+    return table_difference(to_table(old), to_table(new))
+
+
+def table_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What changed between two tables; a key that one of them lacks is shown as ``(none)``."""
+    before, after = flattened(old), flattened(new)
+    return [
+        f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
+        for key in [*before, *(key for key in after if key not in before)]
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return render_value(values[key]) if key in values else "(none)"

@@ -1,0 +1,49 @@
+"""The settings of one run: its sections, each of which lives with the component it is handed to."""
+
+from dataclasses import dataclass, field
+
+from fedexperts.algorithms import ALGORITHMS
+from fedexperts.algorithms.api import Algorithm
+from fedexperts.config.build import CLASSES
+from fedexperts.data.settings import DataSettings
+from fedexperts.errors import UserError
+from fedexperts.evaluation.settings import EvaluationSettings
+from fedexperts.federation.cohort import CohortSettings
+from fedexperts.federation.transport import TransportSettings
+from fedexperts.local import TrainingSettings
+from fedexperts.models.adapters import AdapterSettings
+from fedexperts.models.load import ModelSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One resolved configuration; the configuration of every run, and the only record of what ran."""
+
+    seed: int = 0
+    """Seed of everything random in the run: partition, cohorts, batches, LoRA's start, dropout."""
+    rounds: int = 10
+    """Exchanges with a cohort."""
+    threads: int = 2
+    """Threads torch uses for one operation; another number may change the last bits of a result."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    """The pretrained model."""
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    """LoRA on non-expert parameters."""
+    data: DataSettings = field(default_factory=DataSettings)
+    """Examples, and how they come to clients."""
+    cohort: CohortSettings = field(default_factory=CohortSettings)
+    """Who takes part in a round."""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    """Local steps."""
+    algorithm: Algorithm = field(metadata={CLASSES: ALGORITHMS})
+    """The federated algorithm: `name` says which, the other keys are its own."""
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """What is measured and when."""
+    transport: TransportSettings = field(default_factory=TransportSettings)
+    """What carries downloads and uploads."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers outside their range."""
+        for name, least in (("seed", 0), ("rounds", 0), ("threads", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}")

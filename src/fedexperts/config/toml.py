@@ -1,0 +1,108 @@
+"""TOML files and ``key=value`` overrides as tables, and values as TOML."""
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedexperts.errors import UserError
+
+Table = dict[str, Any]
+
+
+def read_toml(path: Path) -> Table:
+    """The table in a TOML file; UserError where there is none, with the line for a mistake in its grammar."""
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: is a folder, not a TOML file") from error
+    except PermissionError as error:
+        raise UserError(f"{path}: may not be read") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: is not valid TOML: {error}") from error
+
+
+def render_toml(table: Mapping[str, Any]) -> str:
+    """A table as the text of a TOML file."""
+    return tomli_w.dumps(table)
+
+
+def render_value(value: Any) -> str:
+    """One value on one line, as TOML writes it."""
+    if isinstance(value, bool | str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(render_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{key} = {render_value(one)}' for key, one in value.items())} }}"
+    return str(value)
+
+
+def split_overrides(overrides: Sequence[str]) -> dict[str, str]:
+    """Full key to the text after ``=``; of a key given twice the last counts."""
+    texts = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip() or not all(key.split(".")):
+            raise UserError(f"command line: {override!r} is not key=value, as in training.lr=3e-3")
+        texts[key.strip()] = text.strip()
+    return texts
+
+
+def parse_value(text: str) -> Any:
+    """A value as TOML reads it; what is no TOML, such as a bare word or a path, is a text."""
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return table["value"] if table.keys() == {"value"} else text
+
+
+def overridden(table: Mapping[str, Any], values: Mapping[str, Any]) -> Table:
+    """A copy of ``table`` with ``values`` set, by full dotted key."""
+    result = dict(table)
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        inner = result
+        for depth, section in enumerate(sections, start=1):
+            below = inner.get(section, {})
+            if not isinstance(below, Mapping):
+                above = ".".join(sections[:depth])
+                raise UserError(
+                    f"command line: {key} cannot be set: {above} is {render_value(below)}, not a section"
+                )
+            inner[section] = dict(below)
+            inner = inner[section]
+        inner[last] = value
+    return result
+
+
+def merged(table: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
+    """A copy of ``table`` with the values of ``over`` in place of its own, section by section."""
+    result = dict(table)
+    for key, value in over.items():
+        below = result.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = merged(below, value)
+        result[key] = value
+    return result
+
+
+def flattened(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by full dotted key; an empty table has none."""
+    return dict(_leaves(table, prefix))
+
+
+def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

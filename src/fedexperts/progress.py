@@ -1,0 +1,229 @@
+"""What a person sees while a run goes on: bars in a terminal, plain lines elsewhere, or nothing."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
+
+from rich import filesize
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Column
+
+logger = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """Is told what happens in a run; a context manager, so that bars are taken off the screen at the end."""
+
+    def start(self, num_rounds: int, first_round: int = 1) -> None:
+        """Rounds ``first_round`` to ``num_rounds`` follow; a resumed run starts above 1."""
+
+    def round_started(self, round: int, cohort_size: int) -> None:
+        """A round with ``cohort_size`` clients begins."""
+
+    def client_started(self, client_id: str, num_steps: int) -> None:
+        """A client begins ``num_steps`` local steps."""
+
+    def step_done(self, loss: float) -> None:
+        """The client has done one local step with this loss in nats."""
+
+    def client_done(self, client_id: str) -> None:
+        """The client's turn is over, well or not."""
+
+    def round_finished(self, round: int, summary: Mapping[str, Any]) -> None:
+        """The round counts; ``summary`` is its line in rounds.jsonl."""
+
+    def phase(self, name: str) -> None:
+        """Something other than a round begins, e.g. ``evaluating 8 clients``."""
+
+    def advance_phase(self, done: int, total: int) -> None:
+        """So much of the phase is done."""
+
+    def message(self, text: str) -> None:
+        """One line for the person."""
+
+    def __enter__(self) -> Self:
+        """Begin to show."""
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave the screen as it was."""
+
+
+class QuietProgress:
+    """Shows nothing."""
+
+    def start(self, num_rounds: int, first_round: int = 1) -> None:
+        """Show nothing."""
+
+    def round_started(self, round: int, cohort_size: int) -> None:
+        """Show nothing."""
+
+    def client_started(self, client_id: str, num_steps: int) -> None:
+        """Show nothing."""
+
+    def step_done(self, loss: float) -> None:
+        """Show nothing."""
+
+    def client_done(self, client_id: str) -> None:
+        """Show nothing."""
+
+    def round_finished(self, round: int, summary: Mapping[str, Any]) -> None:
+        """Show nothing."""
+
+    def phase(self, name: str) -> None:
+        """Show nothing."""
+
+    def advance_phase(self, done: int, total: int) -> None:
+        """Show nothing."""
+
+    def message(self, text: str) -> None:
+        """Show nothing."""
+
+    def __enter__(self) -> Self:
+        """Nothing to begin."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing to take away."""
+
+
+class PlainProgress(QuietProgress):
+    """One line a round and one a phase, through logging: for files, pipes and CI."""
+
+    def __init__(self, title: str = "") -> None:
+        """``title`` stands in front of every line."""
+        self._prefix = f"{title}: " if title else ""
+        self._num_rounds = 0
+
+    def start(self, num_rounds: int, first_round: int = 1) -> None:
+        """Say where a resumed run goes on."""
+        self._num_rounds = num_rounds
+        if first_round > 1:
+            self.message(f"goes on with round {first_round} of {num_rounds}")
+
+    def round_finished(self, round: int, summary: Mapping[str, Any]) -> None:
+        """The round's line."""
+        self.message(f"round {round}/{self._num_rounds}  {describe_round(summary)}")
+
+    def phase(self, name: str) -> None:
+        """The phase's line."""
+        self.message(name)
+
+    def message(self, text: str) -> None:
+        """Log the line."""
+        logger.info("%s%s", self._prefix, text)
+
+
+class RichProgress:
+    """Bars for rounds, clients and steps, or for the phase; each only while there is something to show."""
+
+    def __init__(self, console: Console, title: str = "") -> None:
+        """``title`` names the run, e.g. in a suite."""
+        self._bars = Bars(
+            TextColumn("{task.description}", markup=False, table_column=Column(min_width=24, no_wrap=True)),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
+            console=console,
+            refresh_per_second=4,
+            transient=True,
+        )
+        self._title = title
+        self._rounds = self._add(f"{title} rounds".strip())
+        self._clients = self._add("  clients")
+        self._steps = self._add("  steps")
+        self._phase = self._add("")
+
+    def _add(self, description: str) -> TaskID:
+        return self._bars.add_task(description, start=False, visible=False, total=None, note="")
+
+    def _show(self, *tasks: TaskID) -> None:
+        for task in (self._rounds, self._clients, self._steps, self._phase):
+            self._bars.update(task, visible=task in tasks)
+
+    def start(self, num_rounds: int, first_round: int = 1) -> None:
+        """A bar over all rounds, those of an earlier process already done."""
+        self._bars.update(self._rounds, total=num_rounds, completed=first_round - 1)
+        self._bars.start_task(self._rounds)
+        self._show(self._rounds)
+
+    def round_started(self, round: int, cohort_size: int) -> None:
+        """A bar over the cohort."""
+        self._bars.reset(self._clients, total=cohort_size)
+        self._show(self._rounds, self._clients)
+
+    def client_started(self, client_id: str, num_steps: int) -> None:
+        """A bar over the client's steps."""
+        self._bars.reset(self._steps, total=num_steps, description=f"  {client_id}", note="")
+        self._show(self._rounds, self._clients, self._steps)
+
+    def step_done(self, loss: float) -> None:
+        """One step further, with the loss beside it."""
+        self._bars.update(self._steps, advance=1, note=f"loss {loss:.3f}")
+
+    def client_done(self, client_id: str) -> None:
+        """One client further."""
+        self._bars.update(self._clients, advance=1)
+
+    def round_finished(self, round: int, summary: Mapping[str, Any]) -> None:
+        """One round further, with its figures beside the bar."""
+        self._bars.update(self._rounds, completed=round, note=describe_round(summary))
+        self._show(self._rounds)
+
+    def phase(self, name: str) -> None:
+        """A bar without an end, until the first :meth:`advance_phase`."""
+        description = f"{self._title} {name}".strip()
+        self._bars.reset(self._phase, total=None, description=description, note="")
+        self._show(self._rounds, self._phase) if self._has_rounds() else self._show(self._phase)
+
+    def _has_rounds(self) -> bool:
+        return self._bars.tasks[self._rounds].total is not None
+
+    def advance_phase(self, done: int, total: int) -> None:
+        """Move the phase's bar."""
+        self._bars.update(self._phase, completed=done, total=total)
+
+    def message(self, text: str) -> None:
+        """A line above the bars."""
+        self._bars.console.print(text, markup=False, highlight=False)
+
+    def __enter__(self) -> Self:
+        """Put the bars on the screen."""
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Take them off."""
+        self._bars.stop()
+
+
+def choose_progress(console: Console, *, is_quiet: bool, title: str = "") -> Progress:
+    """Nothing if quiet, bars if ``console`` is a terminal, plain lines otherwise."""
+    if is_quiet:
+        return QuietProgress()
+    return RichProgress(console, title) if console.is_terminal else PlainProgress(title)
+
+
+def describe_round(summary: Mapping[str, Any]) -> str:
+    """A round's line of rounds.jsonl in a few words; what it lacks is left out."""
+    parts = [_number(summary, "train_loss", "loss {:.3f}")]
+    parts += [_number(summary.get("evaluation") or {}, key, form) for key, form in _EVALUATION.items()]
+    if isinstance(summary.get("upload_bytes"), int):
+        parts.append(f"up {filesize.decimal(summary['upload_bytes'])}")
+    if summary.get("num_failed"):
+        parts.append(f"{summary['num_failed']} failed")
+    parts.append(_number(summary.get("seconds") or {}, "total", "{:.1f} s"))
+    return "  ".join(part for part in parts if part)
+
+
+_EVALUATION = {
+    "rougeL_after": "ROUGE-L {:.3f}",
+    "loss_after": "test loss {:.3f}",
+    "exam_global": "exam {:.1%}",
+}
+
+
+def _number(values: Mapping[str, Any], key: str, form: str) -> str:
+    return form.format(values[key]) if isinstance(values.get(key), int | float) else ""
