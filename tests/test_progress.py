@@ -2,7 +2,6 @@
 
 import io
 import logging
-import re
 
 import pytest
 from rich.console import Console
@@ -63,10 +62,14 @@ def test_bars_show_round_client_and_step():
     progress.round_started(2, 4)
     progress.client_started("client-000", 5)
     progress.step_done(2.0)
-    rows = [row.split() for row in screen(progress)]
-    assert [row[:2] for row in rows] == [["flex", "rounds"], ["clients", BAR], ["client-000", BAR]]
-    assert [row[row.index(BAR) + 1] for row in rows] == ["1/3", "0/4", "1/5"]
-    assert rows[2][-2:] == ["loss", "2.000"]
+    rounds, clients, steps = screen(progress)
+    assert rounds.startswith("flex rounds")
+    assert "1/3" in rounds
+    assert clients.startswith("clients")
+    assert "0/4" in clients
+    assert steps.startswith("client-000")
+    assert "1/5" in steps
+    assert steps.endswith("loss 2.000")
 
 
 def test_bars_make_room_for_a_phase():
@@ -85,18 +88,15 @@ def test_a_message_stays_above_the_bars_as_it_is():
     assert "[done]" in console.file.getvalue()
 
 
-BAR = "|"
-
-
 def terminal():
     return Console(file=io.StringIO(), force_terminal=True, width=160, color_system=None)
 
 
 def screen(progress):
-    """The rows of bars at this moment, each bar as one sign."""
+    """The rows of bars at this moment."""
     console = Console(file=io.StringIO(), width=160, color_system=None)
     console.print(progress._bars.get_renderable())
-    return [re.sub("[━╸╺]+", BAR, row).strip() for row in console.file.getvalue().splitlines()]
+    return [row.strip() for row in console.file.getvalue().splitlines()]
 
 
 def test_a_round_is_described_by_what_its_line_has():
