@@ -48,8 +48,8 @@ _SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-"""Sizes by configuration field; a family takes those that it has. Initial weights are larger than usual, so that
-a model of these sizes has something to say."""
+"""Sizes by configuration field; a family takes those that it has. Initial weights are larger than usual, so
+that a model of these sizes has something to say."""
 
 _LATENT_ATTENTION = {"num_key_value_heads": 4}
 """Multi-head latent attention has as many key heads as query heads."""

@@ -129,7 +129,7 @@ def _why_unsupported(model: nn.Module) -> str:
             f"model class {kind} is not supported: its experts ({', '.join(suspects)}) are not called "
             "through transformers' experts interface, so single experts cannot be addressed"
         )
-    return f"model class {kind} has no MoE layers: model.name must be a Mixture-of-Experts model"
+    return f"model class {kind} has no MoE layers; a Mixture-of-Experts model is needed"
 
 
 def experts_forward(

@@ -1,0 +1,217 @@
+"""LoRA on non-expert parameters through PEFT: what every client trains and most algorithms average.
+
+PEFT wraps the chosen linear modules where they stand, so a parameter is called, for example,
+``model.layers.0.self_attn.q_proj.lora_A.default.weight``. In PEFT's files the same tensor is
+``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight``. While the wrappers are on,
+``model.save_pretrained`` would write ``base_layer`` names that nobody can load: take them off first with
+:func:`remove_lora`, or keep LoRA in a folder of its own with :func:`save_adapter`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fedexperts.errors import UserError
+from fedexperts.models.groups import attention_blocks, is_inside
+from fedexperts.moe import seam
+from fedexperts.seeds import derive_seed
+from fedexperts.tensors import Tensors, copy_of
+
+ATTENTION = "attention"
+"""The target that means every linear module of every attention block."""
+
+_EXPERT_ENDINGS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Endings that PEFT, when it reads a folder, takes for the experts and routers of transformers 4."""
+_OURS, _THEIRS = ".default.weight", ".weight"
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """Section ``[adapter]``: LoRA on parameters that are neither experts nor routers."""
+
+    rank: int = 8
+    """Rank r of the update."""
+    alpha: float = 16.0
+    """LoRA scale; the update is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Share of the update's inputs set to zero in training, from 0 to below 1."""
+    target_modules: tuple[str, ...] = (ATTENTION,)
+    """``attention`` for the linear modules of attention blocks, or endings of module names: ``q_proj``."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers outside their range."""
+        if self.rank < 1:
+            raise UserError(f"adapter.rank is {self.rank}; it must be at least 1")
+        if not self.alpha > 0:
+            raise UserError(f"adapter.alpha is {self.alpha}; it must be above 0")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"adapter.dropout is {self.dropout}; it must be from 0 to below 1")
+        if not self.target_modules:
+            raise UserError("adapter.target_modules is empty; it must name at least one target")
+
+
+def add_lora(model: nn.Module, settings: AdapterSettings, seed: int) -> tuple[str, ...]:
+    """Put LoRA on the targets and freeze all else; returns the names of its parameters, A and B in turns.
+
+    The model's numbers do not change by a bit, as B starts at zero. A depends on ``seed`` and the parameter's
+    name alone, and torch's global generator is left as it was. LoRA is float32 whatever the base model is.
+    To be done before any graft, which it would freeze.
+
+    Raises:
+        UserError: a target names no linear module, or an expert or a router.
+    """
+    targets = find_targets(model, settings.target_modules)
+    # PEFT takes endings such as gate_proj for the experts of transformers 4 and would adapt those; it does so
+    # for a model with a configuration only, and the holder has none.
+    holder = nn.Module()
+    holder.model = model
+    with torch.random.fork_rng(devices=[]):
+        inject_adapter_in_model(lora_config(settings, [f"model.{name}" for name in targets]), holder)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in parameters.items():
+        parameter.data = _start(name, parameter, seed).to(parameter.device)
+    return tuple(parameters)
+
+
+def _start(name: str, parameter: Tensor, seed: int) -> Tensor:
+    if ".lora_B." in name:
+        return torch.zeros(parameter.shape)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "lora", name))
+    bound = parameter.shape[1] ** -0.5
+    return torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+
+
+def remove_lora(model: nn.Module, *, fold: bool) -> None:
+    """Take LoRA off again; with ``fold`` its update is added to the base weights first.
+
+    Without ``fold`` the model is again what it was before :func:`add_lora`, bit for bit and name for name.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            if fold:
+                module.merge()
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, module.get_base_layer())
+
+
+def lora_config(settings: AdapterSettings, targets: Sequence[str]) -> LoraConfig:
+    """PEFT's form of the settings, for the modules called ``targets``."""
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+def find_targets(model: nn.Module, target_modules: Sequence[str]) -> tuple[str, ...]:
+    """Names of the linear modules that ``target_modules`` stands for, in the model's order.
+
+    Raises:
+        UserError: a target names no linear module, or an expert or a router.
+    """
+    protected = _experts_and_routers(model)
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if _is_target(module) and not is_inside(name, protected)
+    ]
+    found: set[str] = set()
+    for target in target_modules:
+        matches = _in_attention(model, linear) if target == ATTENTION else _by_ending(target, linear, model)
+        if not matches:
+            endings = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise UserError(
+                f'adapter.target_modules has "{target}", which this model does not have; it has {endings}'
+            )
+        found |= matches
+    return tuple(name for name in linear if name in found)
+
+
+def _is_target(module: nn.Module) -> bool:
+    # Subclasses of Linear compute something else (grouped products, routers), which LoRA would not fit.
+    return type(module) is nn.Linear
+
+
+def _in_attention(model: nn.Module, linear: Sequence[str]) -> set[str]:
+    # An indexer picks the tokens to attend to by a top-k, through which no gradient comes back.
+    indexers = tuple(name for name, module in model.named_modules() if "Indexer" in type(module).__name__)
+    blocks = attention_blocks(model)
+    return {
+        name
+        for name in linear
+        if is_inside(name, blocks)
+        and not is_inside(name, indexers)
+        and name.rpartition(".")[2] not in _EXPERT_ENDINGS
+    }
+
+
+def _by_ending(target: str, linear: Sequence[str], model: nn.Module) -> set[str]:
+    protected = _experts_and_routers(model)
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    for name in names:
+        if _ends_with(name, target) and (name in protected or is_inside(name, protected)):
+            raise UserError(
+                f'adapter.target_modules has "{target}", which also names {name}; LoRA does not go on routed '
+                "experts or routers, so give a longer ending"
+            )
+    return {name for name in linear if _ends_with(name, target)}
+
+
+def _experts_and_routers(model: nn.Module) -> tuple[str, ...]:
+    layers = seam.find_moe_layers(model)
+    modules = {id(module) for layer in layers for module in (layer.experts, layer.router)}
+    return tuple(name for name, module in model.named_modules() if id(module) in modules)
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def peft_state(tensors: Mapping[str, Tensor]) -> Tensors:
+    """LoRA tensors by our names to the same tensors by the names of PEFT's files."""
+    return {_PEFT_PREFIX + name.removesuffix(_OURS) + _THEIRS: tensor for name, tensor in tensors.items()}
+
+
+def lora_state(tensors: Mapping[str, Tensor]) -> Tensors:
+    """The way back from :func:`peft_state`."""
+    return {
+        name.removeprefix(_PEFT_PREFIX).removesuffix(_THEIRS) + _OURS: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def save_adapter(
+    to: Path, tensors: Mapping[str, Tensor], settings: AdapterSettings, base_model_name: str
+) -> None:
+    """Write LoRA ``tensors``, by our names, as a folder that ``peft.PeftModel.from_pretrained`` loads.
+
+    Raises:
+        UserError: a module is called so that PEFT would take it for an expert and adapt something else.
+    """
+    targets = list(dict.fromkeys(name.partition(".lora_")[0] for name in tensors))
+    for target in targets:
+        if target.rpartition(".")[2] in _EXPERT_ENDINGS:
+            raise UserError(
+                f"adapter.target_modules covers {target}, which PEFT would take for an expert on reading it "
+                "back; such a model can be exported as a plain checkpoint only"
+            )
+    config = lora_config(settings, targets)
+    config.base_model_name_or_path = base_model_name
+    config.inference_mode = True
+    to.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(to))
+    save_file(copy_of(peft_state(tensors)), to / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_adapter(folder: Path) -> Tensors:
+    """The tensors that :func:`save_adapter` wrote to ``folder``, by our names."""
+    return lora_state(load_file(folder / "adapter_model.safetensors"))

@@ -1,0 +1,235 @@
+"""A name or a folder to a frozen model in the seat, with its tokenizer: dtype and device are decided here."""
+
+import importlib.resources
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast, get_args
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from fedexperts.errors import UserError
+from fedexperts.models.tiny import FAMILIES, tiny_model
+from fedexperts.moe import seam
+from fedexperts.moe.seam import MoeLayer
+from fedexperts.seeds import derive_seed
+from fedexperts.tensors import first_non_finite
+
+EMBEDDED = "tinyworld"
+"""Name of the checkpoint that the package ships."""
+TINY_PREFIX = "tiny/"
+"""What the name of a random tiny model begins with; its family follows."""
+
+Dtype = Literal["float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError)
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Section ``[model]``: the base model, which every client has and nobody trains in full."""
+
+    name: str = EMBEDDED
+    """``tinyworld`` (shipped), a folder as ``save_pretrained`` leaves it, a Hugging Face hub name, or
+    ``tiny/<family>`` for a random model with the shipped tokenizer."""
+    revision: str = ""
+    """Branch, tag or commit on the hub; empty takes the hub's default."""
+    dtype: Dtype = "float32"
+    """Dtype of the base model's weights; what is trained is kept in float32 in either case."""
+    device: Device = "auto"
+    """Where the model lives; ``auto`` takes CUDA where there is one."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no model can be loaded with."""
+        if not self.name:
+            raise UserError(
+                "model.name is empty; it must be tinyworld, a folder, a hub name or tiny/<family>"
+            )
+        for key, values in (("dtype", get_args(Dtype)), ("device", get_args(Device))):
+            if getattr(self, key) not in values:
+                value = getattr(self, key)
+                raise UserError(f'model.{key} is "{value}"; it must be one of {", ".join(values)}')
+        family = self.name.removeprefix(TINY_PREFIX)
+        if family != self.name and family not in FAMILIES:
+            raise _error(self.name, f"the families are {', '.join(FAMILIES)}")
+        if self.revision and not _is_hub_name(self.name):
+            raise UserError(f'model.revision is "{self.revision}", but model.name = "{self.name}" has none')
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen base model in evaluation mode, called through the seam in every MoE layer."""
+
+    model: Any
+    tokenizer: Any
+    layers: tuple[MoeLayer, ...]
+    name: str
+
+
+def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
+    """Load the model and its tokenizer; ``seed`` matters to ``tiny/<family>`` only.
+
+    Nothing is initialised at random in silence: a checkpoint must bring every tensor of its model, finite.
+
+    Raises:
+        UserError: there is no such model, it is not supported, or its checkpoint is damaged.
+    """
+    device = _device(settings)
+    dtype = getattr(torch, settings.dtype)
+    if settings.name.startswith(TINY_PREFIX):
+        tokenizer = _load_tokenizer(embedded_folder(), settings)
+        model = _random_model(settings.name.removeprefix(TINY_PREFIX), tokenizer, dtype, seed)
+    else:
+        source = _source(settings)
+        with _quiet_bars(is_local=isinstance(source, Path)):
+            model = _load_checkpoint(source, settings, dtype)
+            tokenizer = _load_tokenizer(source, settings)
+    _refuse_bad_tensors(model, settings.name)
+    _refuse_foreign_tokenizer(model, tokenizer, settings.name)
+    model.to(device).eval().requires_grad_(False)
+    seam.take_seat(model)
+    return LoadedModel(model, tokenizer, seam.find_moe_layers(model), settings.name)
+
+
+def embedded_folder() -> Path:
+    """Where the shipped checkpoint lies."""
+    return Path(str(importlib.resources.files("fedexperts"))) / "assets" / EMBEDDED
+
+
+def _is_hub_name(name: str) -> bool:
+    is_ours = name == EMBEDDED or name.startswith(TINY_PREFIX)
+    return not is_ours and not Path(name).expanduser().exists() and _HUB_NAME.fullmatch(name) is not None
+
+
+def _device(settings: ModelSettings) -> torch.device:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError('model.device is "cuda", but PyTorch finds no CUDA device here: use "auto" or "cpu"')
+    is_cuda = settings.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if is_cuda else "cpu")
+
+
+def _source(settings: ModelSettings) -> Path | str:
+    if settings.name == EMBEDDED:
+        return embedded_folder()
+    if _is_hub_name(settings.name):
+        return settings.name
+    folder = Path(settings.name).expanduser()
+    if not folder.is_dir():
+        raise _error(settings.name, "there is no such folder")
+    if not (folder / "config.json").is_file():
+        raise _error(settings.name, "the folder has no config.json, so save_pretrained did not write it")
+    return folder
+
+
+def _error(name: str, reason: str) -> UserError:
+    return UserError(f'model.name = "{name}": {reason}')
+
+
+def _attempt(settings: ModelSettings, what: str, load: Callable[[], _Value]) -> _Value:
+    try:
+        return load()
+    except SafetensorError as error:
+        reason = f"cannot load {what}: a safetensors file is damaged or cut short ({error})"
+        raise _error(settings.name, reason) from error
+    except _LOAD_ERRORS as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        origin = "there is no such folder, and the hub fails too; " if _is_hub_name(settings.name) else ""
+        raise _error(settings.name, f"{origin}cannot load {what}: {lines[0]}") from error
+
+
+@contextmanager
+def _quiet_bars(*, is_local: bool) -> Iterator[None]:
+    """No bar for the moment that reading a folder takes; a download keeps its own."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    if is_local:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_local and was_on:
+            transformers_logging.enable_progress_bar()
+
+
+def _where(source: Path | str, settings: ModelSettings) -> dict[str, Any]:
+    chosen = {"revision": settings.revision} if settings.revision else {}
+    return {"pretrained_model_name_or_path": str(source), "trust_remote_code": False} | chosen
+
+
+def _load_checkpoint(source: Path | str, settings: ModelSettings, dtype: torch.dtype) -> Any:
+    where = _where(source, settings)
+    config = _attempt(settings, "its configuration", lambda: AutoConfig.from_pretrained(**where))
+    _refuse_unsupported(config, settings)
+    model, info = _attempt(
+        settings,
+        "its weights",
+        lambda: AutoModelForCausalLM.from_pretrained(
+            **where, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        ),
+    )
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        shapes = f"shape {tuple(found)}, not {tuple(wanted)}"
+        raise _error(settings.name, f"tensor {name} of the checkpoint has {shapes} as config.json says")
+    for name in sorted(info["missing_keys"]):
+        raise _error(settings.name, f"the checkpoint has no tensor {name}, which its config.json asks for")
+    return model
+
+
+def _refuse_unsupported(config: Any, settings: ModelSettings) -> None:
+    """Look at the model without its weights, so that a refusal does not wait for them."""
+
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return cast(nn.Module, AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+    skeleton = _attempt(settings, "a language model of its kind", build)
+    try:
+        seam.find_moe_layers(skeleton)
+    except UserError as error:
+        raise _error(settings.name, str(error)) from error
+
+
+def _random_model(family: str, tokenizer: Any, dtype: torch.dtype, seed: int) -> Any:
+    special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
+    return tiny_model(
+        family, seed=derive_seed(seed, "model"), dtype=dtype, vocab_size=_num_token_ids(tokenizer), **special
+    )
+
+
+def _load_tokenizer(source: Path | str, settings: ModelSettings) -> Any:
+    where = _where(source, settings)
+    tokenizer = _attempt(settings, "its tokenizer", lambda: AutoTokenizer.from_pretrained(**where))
+    # A folder without tokenizer files gives a tokenizer that knows its special tokens and no word.
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
+        raise _error(settings.name, "it has no tokenizer: save the tokenizer beside the weights")
+    return tokenizer
+
+
+def _num_token_ids(tokenizer: Any) -> int:
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def _refuse_bad_tensors(model: nn.Module, name: str) -> None:
+    tensors = model.state_dict()
+    for tensor_name, parameter in model.named_parameters():
+        if parameter.dtype not in _WEIGHT_DTYPES:
+            reason = f"tensor {tensor_name} is {parameter.dtype}; quantised checkpoints are not supported"
+            raise _error(name, reason)
+    bad = first_non_finite(tensors)
+    if bad is not None:
+        raise _error(name, f"tensor {bad} of the checkpoint has a NaN or an infinity")
+
+
+def _refuse_foreign_tokenizer(model: Any, tokenizer: Any, name: str) -> None:
+    num_rows, num_ids = model.get_input_embeddings().weight.shape[0], _num_token_ids(tokenizer)
+    if num_ids > num_rows:
+        raise _error(name, f"the tokenizer has {num_ids} token ids, but the model knows only {num_rows}")
