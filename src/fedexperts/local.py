@@ -38,7 +38,7 @@ class TrainingSettings:
     router_aux_loss: float = 0.0
     """Coefficient of the load-balancing loss; 0 leaves it out (the family must have one)."""
     optimizer_state: Literal["fresh", "kept"] = "fresh"
-    """Whether AdamW's moments of personal tensors start anew each round, as in FLEx's release, or are kept."""
+    """AdamW's moments of personal tensors: anew in each round, as FLEx's release does, or kept."""
 
     def __post_init__(self) -> None:
         """Refuse numbers outside their range."""

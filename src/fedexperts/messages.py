@@ -36,7 +36,8 @@ class Download:
 
     round: int
     task: str
-    """``train``, or ``evaluate``: score the model before and after local steps, and keep nothing."""
+    """``train``; ``evaluate`` or ``evaluate_fully``: score before and after local steps, and keep no tensor;
+    ``evaluate_base``: score the untouched model."""
     tensors: Tensors
     config_sha256: str = ""
     """Hash of the resolved configuration; a client that was started from another one refuses."""

@@ -65,8 +65,9 @@ class ServerState:
 class Algorithm(Protocol):
     """A federated algorithm, itself a frozen dataclass whose fields are its hyperparameters.
 
-    It does no input or output, knows no transport, and keeps nothing between calls: what the server remembers
-    is in :class:`ServerState`, what a client remembers is in its personal tensors, which never enter an Upload.
+    It does no input or output, knows no transport, and keeps nothing between calls: what the server
+    remembers is in :class:`ServerState`, what a client remembers is in its personal tensors, and those never
+    enter an Upload.
     """
 
     def init(self, parts: ModelParts) -> ServerState:

@@ -71,7 +71,7 @@ class Flex:
         return state.tensors
 
     def install(self, client: Client, personal: Tensors, tensors: Mapping[str, Tensor]) -> Tensors:
-        """Load the averaged LoRA and graft the client's own experts, chosen now if this is its first round."""
+        """Load the averaged LoRA and graft the client's own experts, chosen now if it is new."""
         parts = client.parts
         if not personal:
             personal = {CHOSEN: self._choose(client)}

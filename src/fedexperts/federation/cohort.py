@@ -15,7 +15,7 @@ class CohortSettings:
     size: int = 0
     """Clients in each round, drawn without replacement; 0 takes all."""
     on_failure: Literal["continue", "stop"] = "stop"
-    """When a client fails or its upload is refused: go on without it, or stop; the client is named either way."""
+    """When a client fails or its upload is refused: go on without it, or stop. It is named either way."""
 
     def __post_init__(self) -> None:
         """Refuse a negative size."""

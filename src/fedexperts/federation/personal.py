@@ -1,7 +1,7 @@
 """A client's own tensors on its own disk.
 
-Each version is named by the round that made it. A client in round r starts from its last version before r and
-writes version r, so that a round that is done again, because the server crashed, gives the same tensors again.
+Each version is named by the round that made it. A client in round r starts from its last version before r
+and writes version r, so that a round that is done again after a crash gives the same tensors again.
 """
 
 import re

@@ -51,14 +51,15 @@ def reconstruction_losses(
         UserError: there is no batch, or a loss is not finite.
     """
     losses = _Losses(layers)
-    was_training = model.training
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
     num_batches = 0
     try:
         with seam.watch_experts(layers, losses.see):
             for batch in batches:
-                losses.is_token_T = batch.attention_mask.reshape(-1).bool()
-                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                mask = batch.attention_mask.to(device)
+                losses.is_token_T = mask.reshape(-1).bool()
+                model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
                 num_batches += 1
     finally:
         model.train(was_training)

@@ -1,0 +1,56 @@
+"""What a run ran on: versions, commit, hardware, threads."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("fedexperts", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "flwr")
+
+
+def describe_environment(threads: int, device: str) -> dict[str, Any]:
+    """The record kept as ``environment.json``."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "commit": _git("rev-parse", "HEAD"),
+        "has_uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "num_processors": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "threads": threads,
+        "simulated": "clients take turns on this machine; times are not a network's",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    """Output of git about the folder this package lies in; empty for an installed wheel."""
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,45 @@
+"""How downloads reach clients and uploads come back, whatever carries them."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from fedexperts.messages import Download, Upload
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransportSettings:
+    """Section ``[transport]``: what carries the messages."""
+
+    name: Literal["inprocess", "flower"] = "inprocess"
+    """``inprocess``: clients take turns in this process; ``flower``: a Flower federation."""
+    connection: str = ""
+    """Name, in Flower's configuration, of the connection to a running SuperLink; empty simulates locally."""
+    timeout_seconds: float = 3600.0
+    """Longest wait for one client's upload over Flower; a client that is later counts as failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """What came back from one client, and the bytes that it took."""
+
+    client_id: str
+    upload: Upload
+    download_bytes: int
+    upload_bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Transport(Protocol):
+    """Carries one exchange at a time."""
+
+    @property
+    def client_ids(self) -> tuple[str, ...]:
+        """Everybody who can be reached, in a fixed order."""
+
+    def exchange(self, downloads: Iterable[tuple[str, Download]]) -> Iterator[Delivery]:
+        """Send each client its download; give back what they answer **in the order of the downloads**.
+
+        A client that does not answer, or answers with what cannot be read, is delivered as an Upload with a
+        ``failure``. The server holds one delivery at a time.
+        """
