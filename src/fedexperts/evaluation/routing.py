@@ -1,0 +1,60 @@
+"""How evenly, and how differently, experts are used: figures of tokens per expert.
+
+A *table* is a list by MoE layer of lists by expert of numbers of tokens, as
+:func:`fedexperts.moe.profile.count_tokens` gives them. Nothing here needs torch. Layers count alike: each
+figure is taken within a layer, and the mean over layers is returned.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import fsum, log
+from statistics import fmean, pstdev
+
+Table = Sequence[Sequence[int]]
+
+
+def balance_std(table: Table) -> float:
+    """Standard deviation of tokens per expert, in tokens: 0 is perfect balance.
+
+    The population's, over all of a layer's experts, those that got no token included; as FLEx reports it
+    (App. C.6), whose text leaves open population or sample and how layers are joined. It grows with the
+    number of tokens: compare only what was counted on the same text.
+    """
+    return fmean(pstdev(tokens_E) for tokens_E in table)
+
+
+def normalised_entropy(table: Table) -> float:
+    """Entropy of the shares of tokens over its largest value, ln E: 1 is perfect balance, 0 one expert alone.
+
+    It is the entropy of how experts are used over a text, not of the router's softmax for a token. A layer of
+    one expert has 1.
+    """
+    return fmean(
+        _entropy(shares_E) / log(len(shares_E)) if len(shares_E) > 1 else 1.0 for shares_E in shares(table)
+    )
+
+
+def shares(table: Table) -> list[list[float]]:
+    """Each layer's tokens per expert as shares that sum to 1."""
+    return [_shares(tokens_E) for tokens_E in table]
+
+
+def share_matrix(tables: Mapping[str, Table], layer: int) -> list[list[float]]:
+    """One layer's shares for a heat map: a row for each expert, a column for each client in their order."""
+    columns = [_shares(table[layer]) for table in tables.values()]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def total_variation(first: Table, second: Table) -> float:
+    """Half the sum of differences between the shares of two tables: 0 the same use, 1 no expert in common."""
+    pairs = zip(shares(first), shares(second), strict=True)
+    return fmean(fsum(abs(a - b) for a, b in zip(one, other, strict=True)) / 2 for one, other in pairs)
+
+
+def _shares(tokens_E: Sequence[int]) -> list[float]:
+    total = sum(tokens_E)
+    assert total > 0, "no token was counted"
+    return [tokens / total for tokens in tokens_E]
+
+
+def _entropy(shares_E: Sequence[float]) -> float:
+    return -fsum(share * log(share) for share in shares_E if share > 0)

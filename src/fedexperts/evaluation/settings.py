@@ -1,0 +1,114 @@
+"""Settings of the evaluation: what is measured, on how much, and how often."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from fedexperts.errors import UserError
+
+Metric = Literal["loss", "rougeL", "exact_match"]
+"""``loss`` brings perplexity with it; the other two generate answers."""
+AnswerForm = Literal["text", "letter"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExamFields:
+    """Section ``[evaluation.exam.fields]``: the names of a record's fields in a file of questions."""
+
+    question: str = "question"
+    """Field with the question, a text."""
+    choices: str = "choices"
+    """Field with the list of choices, or what the numbered fields `choices0`, `choices1`, ... begin with;
+    left at its default, `choice0`, `choice1`, ... will do."""
+    answer: str = "answer"
+    """Field with the right choice: its index from 0, or its letter from A."""
+    subject: str = "subject"
+    """Field with the subject that accuracy is also told by; left at its default, it may be absent."""
+
+    def __post_init__(self) -> None:
+        """Refuse a map without the three fields that every question has."""
+        for name in ("question", "choices", "answer"):
+            if not getattr(self, name):
+                raise UserError(f"evaluation.exam.fields.{name} is empty; it must name a field of the file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExamSettings:
+    """Section ``[evaluation.exam]``: the knowledge exam, which shows what fine-tuning made a model forget."""
+
+    source: str = "auto"
+    """`auto` (tinyworld's exam where `data.source` is tinyworld, else none), `none`, `tinyworld`, or a file
+    of JSON lines (.json, .jsonl, also .gz)."""
+    num_questions: int = 200
+    """Questions drawn by the run's seed; 0 takes all there are."""
+    fields: ExamFields = field(default_factory=ExamFields)
+    """Names of the fields in a file of questions."""
+    answer_form: AnswerForm = "text"
+    """`text` scores each choice as the answer; `letter` lists the choices in the prompt and scores their
+    letters, as is usual for MMLU."""
+    normalise: bool = False
+    """Compare log-likelihoods per token, so that long choices are at no disadvantage, instead of sums."""
+    personalised: bool = True
+    """Put every client's personalised model to the exam too, and not the global model alone."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no exam can be made with."""
+        if not self.source:
+            raise UserError("evaluation.exam.source is empty; it must be auto, none, tinyworld or a file")
+        if self.num_questions < 0:
+            raise UserError(f"evaluation.exam.num_questions is {self.num_questions}; it must be at least 0")
+        if self.answer_form not in get_args(AnswerForm):
+            raise UserError(
+                f'evaluation.exam.answer_form is "{self.answer_form}"; it must be '
+                f"{' or '.join(get_args(AnswerForm))}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Section ``[evaluation]``."""
+
+    metrics: tuple[Metric, ...] = ("loss", "rougeL", "exact_match")
+    """Scores of a client's test split; without `rougeL` and `exact_match` nothing is generated."""
+    max_new_tokens: int = 64
+    """Tokens after which an answer that has not ended is cut."""
+    batch_size: int = 32
+    """Sequences that go through the model together; it changes speed and memory, not the scores."""
+    max_test_examples: int = 0
+    """Test examples scored per client, the first of its test split; 0 takes all."""
+    every: int = 0
+    """Rounds between evaluations during the run; 0 evaluates after the last round only."""
+    matrix: bool = True
+    """Also score every client's model on every client's test split."""
+    matrix_examples: int = 20
+    """Test examples per cell of that matrix."""
+    exam: ExamSettings = field(default_factory=ExamSettings)
+    """The knowledge exam."""
+    num_predictions: int = 5
+    """Generated answers kept per client in the run directory."""
+
+    def __post_init__(self) -> None:
+        """Refuse unknown metrics and numbers outside their range."""
+        if not self.metrics:
+            raise UserError(f"evaluation.metrics is empty; it must name some of {_METRICS}")
+        for metric in self.metrics:
+            if metric not in get_args(Metric):
+                raise UserError(f'evaluation.metrics names "{metric}"; it must name some of {_METRICS}')
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise UserError(f"evaluation.{name} is {getattr(self, name)}; it must be at least {least}")
+
+    @property
+    def generates(self) -> bool:
+        """Whether any metric needs generated answers."""
+        return "rougeL" in self.metrics or "exact_match" in self.metrics
+
+
+_METRICS = ", ".join(get_args(Metric))
+_LEAST = {
+    "max_new_tokens": 1,
+    "batch_size": 1,
+    "max_test_examples": 0,
+    "every": 0,
+    "matrix_examples": 1,
+    "num_predictions": 0,
+}
