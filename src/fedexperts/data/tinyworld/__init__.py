@@ -1,0 +1,19 @@
+"""A generated world of people, places and things: instructions in house styles, and an exam on its facts."""
+
+from fedexperts.data.tinyworld.corpus import PretrainingText, pretraining_texts, word_list
+from fedexperts.data.tinyworld.exam import make_exam
+from fedexperts.data.tinyworld.examples import make_example, num_prompts, restyle
+from fedexperts.data.tinyworld.prompts import CATEGORIES
+from fedexperts.data.tinyworld.styles import STYLES
+
+__all__ = [
+    "CATEGORIES",
+    "STYLES",
+    "PretrainingText",
+    "make_exam",
+    "make_example",
+    "num_prompts",
+    "pretraining_texts",
+    "restyle",
+    "word_list",
+]
