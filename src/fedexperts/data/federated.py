@@ -3,19 +3,20 @@
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
 from fedexperts.data.examples import Example
-from fedexperts.data.generated import dress, tinyworld_categories, tinyworld_num_clients, tinyworld_style
+from fedexperts.data.generated import tinyworld_categories, tinyworld_num_clients, tinyworld_style
 from fedexperts.data.partition import Partition, partition_examples
 from fedexperts.data.pool import Pool, PoolCounts, collect_pool
 from fedexperts.data.settings import TINYWORLD, DataSettings, PartitionSettings
 from fedexperts.data.sources import iterate_examples
 from fedexperts.data.split import SPLITS, Split, split_examples
 from fedexperts.data.spool import ExampleSpool
+from fedexperts.data.tinyworld import restyle
 from fedexperts.seeds import derive_random
 
 _log = logging.getLogger(__name__)
@@ -93,6 +94,11 @@ class FederatedData:
         """For each client how many examples of each label it has, all splits together; without zeros."""
         return {client_id: dict(client.labels) for client_id, client in self._clients.items()}
 
+    def only(self, client_ids: Collection[str]) -> "FederatedData":
+        """A view of these clients alone, over the same spool; whoever holds it cannot reach the others."""
+        clients = [client for name, client in self._clients.items() if name in client_ids]
+        return FederatedData(self._spool, clients, self.counts, label_names=self.label_names)
+
     def close(self) -> None:
         """Delete the examples from disk; they cannot be read any more."""
         self._spool.close()
@@ -106,6 +112,15 @@ class FederatedData:
     ) -> None:
         """Close."""
         self.close()
+
+
+def no_data() -> FederatedData:
+    """No client at all: what a server over a network has."""
+    source = PoolCounts(num_read=0, num_other_label=0, num_empty=0, num_duplicates=0, num_over_limit=0)
+    counts = DataCounts(
+        source=source, num_without_client=0, num_over_client_limit=0, num_moved=0, num_used=0
+    )
+    return FederatedData(ExampleSpool(), (), counts, label_names=())
 
 
 def load_federated_data(settings: DataSettings, seed: int) -> FederatedData:
@@ -179,11 +194,11 @@ def _write_client(
 
 def _identity(pool: Pool, settings: DataSettings, number: int) -> tuple[str, Callable[[Example], Example]]:
     """The name of client ``number`` of the source, and what is done to its examples."""
-    if settings.source == TINYWORLD:
-        style = tinyworld_style(settings, number)
-        return style, lambda example: dress(example, style)
-    name = pool.client_names[number] if settings.partition.kind == "natural" else ""
-    return name, lambda example: example
+    is_natural = settings.partition.kind == "natural"
+    if settings.source != TINYWORLD:
+        return pool.client_names[number] if is_natural else "", lambda example: example
+    style = tinyworld_style(settings, number)
+    return style, lambda example: example if is_natural else restyle(example, style)
 
 
 def _limit(indices: Sequence[int], settings: DataSettings, rng: random.Random) -> Sequence[int]:

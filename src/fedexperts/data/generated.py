@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fedexperts.data.examples import Example
 from fedexperts.data.settings import DataSettings
-from fedexperts.data.tinyworld import CATEGORIES, STYLES, make_example, num_prompts, restyle
+from fedexperts.data.tinyworld import CATEGORIES, STYLES, make_example, num_prompts
 from fedexperts.errors import UserError
 
 
@@ -36,29 +36,26 @@ def tinyworld_style(settings: DataSettings, client: int) -> str:
     return STYLES[(category + lap) % len(STYLES)]
 
 
-def dress(example: Example, style: str) -> Example:
-    """``example`` answered in ``style``; its client stays."""
-    return replace(restyle(example, style), client=example.client)
-
-
 def generate_tinyworld(settings: DataSettings, seed: int) -> Iterator[Example]:
-    """The examples of all clients, their prompts all different, answered in the neutral style.
+    """The examples of all clients, their prompts all different.
 
-    For a natural partition client i gets category i (from the first again when they are used up), and its
-    number stands in ``Example.client``. For the others as many examples take the categories in turn.
+    For a natural partition client i gets category i (from the first again when they are used up), in its
+    style, and its number stands in ``Example.client``. For the others as many examples take the categories in
+    turn, in the neutral style, because whose they are is not yet known.
     """
     categories = tinyworld_categories(settings)
     _require_enough_prompts(categories, settings)
     size = settings.tinyworld.examples_per_client
     for number in range(tinyworld_num_clients(settings) * size):
-        client = ""
-        index, column = divmod(number, len(categories))
         if settings.partition.kind == "natural":
-            owner, position = divmod(number, size)
-            lap, column = divmod(owner, len(categories))
-            index, client = lap * size + position, str(owner)
-        example = make_example(seed=seed, category=categories[column], index=index)
-        yield replace(example, client=client)
+            client, position = divmod(number, size)
+            lap, column = divmod(client, len(categories))
+            style, index = tinyworld_style(settings, client), lap * size + position
+            example = make_example(seed=seed, category=categories[column], index=index, style=style)
+            yield replace(example, client=str(client))
+        else:
+            index, column = divmod(number, len(categories))
+            yield make_example(seed=seed, category=categories[column], index=index)
 
 
 def _require_enough_prompts(categories: tuple[str, ...], settings: DataSettings) -> None:

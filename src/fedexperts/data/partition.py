@@ -87,21 +87,21 @@ def partition_natural(clients_N: Codes, *, num_clients: int, min_examples: int) 
     Clients with fewer than ``min_examples`` are left out and logged. Of clients of equal size the one whose
     code comes first is kept.
     """
-    codes, sizes = np.unique(clients_N, return_counts=True)
-    large = [(int(code), int(size)) for code, size in zip(codes, sizes, strict=True) if size >= min_examples]
+    order = np.argsort(clients_N, kind="stable")
+    codes, starts = np.unique(clients_N[order], return_index=True)
+    groups = {int(code): own.tolist() for code, own in zip(codes, np.split(order, starts[1:]), strict=True)}
+    large = {code: own for code, own in groups.items() if len(own) >= min_examples}
     if len(large) < max(1, num_clients):
         raise UserError(
             f"{len(large)} clients have {min_examples} examples or more (data.partition.min_examples), of "
-            f"{len(codes)} in the source; data.partition.num_clients is {num_clients}."
+            f"{len(groups)} in the source; data.partition.num_clients is {num_clients}."
         )
-    if len(large) < len(codes):
-        _log.warning(
-            "%d clients have fewer than %d examples and are left out.", len(codes) - len(large), min_examples
-        )
-    by_size = sorted(large, key=lambda entry: -entry[1])
-    kept = sorted(code for code, _ in by_size[: num_clients or None])
-    indices = tuple(tuple(np.flatnonzero(clients_N == code).tolist()) for code in kept)
-    return Partition(indices=indices, clients=tuple(kept))
+    if len(large) < len(groups):
+        num_small = len(groups) - len(large)
+        _log.warning("%d clients have fewer than %d examples and are left out.", num_small, min_examples)
+    by_size = sorted(large, key=lambda code: -len(large[code]))
+    kept = sorted(by_size[: num_clients or None])
+    return Partition(indices=tuple(tuple(large[code]) for code in kept), clients=tuple(kept))
 
 
 def partition_pathological(

@@ -27,6 +27,12 @@ _ALPACA: Final = (
 )
 """Both from Stanford Alpaca (Taori et al., 2023), with a line break after the last heading."""
 
+_FIXED_DATE: Final = (
+    "{%- macro strftime_now(format) -%}{{ format.replace('%Y', '2025').replace('%m', '01')"
+    ".replace('%B', 'January').replace('%b', 'Jan').replace('%d', '01') }}{%- endmacro -%}"
+)
+"""Goes before chat templates that tell today's date: a prompt must not change from one day to the next."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
@@ -61,9 +67,8 @@ class PromptFormat:
         """Check the tokenizer; ``template`` and ``max_tokens`` as in ``DataSettings``."""
         if tokenizer.eos_token_id is None:
             raise UserError(
-                f'The tokenizer "{tokenizer.name_or_path}" has no EOS token; without one no response ends, '
-                f"so set "
-                "eos_token in its tokenizer_config.json."
+                f'The tokenizer "{tokenizer.name_or_path}" has no EOS token, without which no response '
+                "ends; set eos_token in its tokenizer_config.json."
             )
         assert template in TEMPLATES
         self.tokenizer = tokenizer
@@ -72,7 +77,7 @@ class PromptFormat:
         self.pad_token_id = _pad_token_id(tokenizer)
         self.is_chat = template == "chat" or (template == "auto" and tokenizer.chat_template is not None)
         if self.is_chat:
-            self._require_chat_template()
+            self._set_chat_template()
         self._leading_ids = [] if self.is_chat else _leading_ids(tokenizer)
 
     def prompt_text(self, example: Example) -> str:
@@ -118,23 +123,30 @@ class PromptFormat:
     def _chat_text(self, example: Example) -> str:
         content = f"{example.instruction}\n\n{example.context}" if example.context else example.instruction
         text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=False,
+            enable_thinking=False,  # for templates that ask: responses hold no thoughts
+            chat_template=self._chat_template,
         )
         assert isinstance(text, str)
         return text
 
-    def _require_chat_template(self) -> None:
+    def _set_chat_template(self) -> None:
+        name = self.tokenizer.name_or_path
         if self.tokenizer.chat_template is None:
             raise UserError(
-                f'data.template is "chat" but the tokenizer "{self.tokenizer.name_or_path}" has no chat '
-                f'template; "alpaca" needs none.'
+                f'data.template is "chat" but the tokenizer "{name}" has no chat template; '
+                '"alpaca" needs none.'
             )
         try:
+            template = str(self.tokenizer.get_chat_template())
+            self._chat_template = _FIXED_DATE + template if "strftime_now" in template else template
             self._chat_text(Example(instruction="?", response=""))
         except (TemplateError, ValueError, TypeError) as error:
             raise UserError(
-                f'The chat template of the tokenizer "{self.tokenizer.name_or_path}" cannot be used '
-                f'({error}); data.template = "alpaca" does without.'
+                f'The chat template of the tokenizer "{name}" cannot be used ({error}); '
+                'data.template = "alpaca" does without.'
             ) from error
 
 
@@ -150,5 +162,5 @@ def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before a text of its own accord, such as BOS."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
-    start = next(start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
+    start = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
     return list(whole[:start])

@@ -180,8 +180,7 @@ class DataSettings:
         if self.partition.kind == "natural" and not self.fields.client:
             raise UserError(
                 'data.partition.kind is "natural" but data.fields.client is empty; it must name the field '
-                "that "
-                "tells the client, or another kind be chosen: iid, pathological or dirichlet."
+                "that tells the client, or another kind be chosen: iid, pathological or dirichlet."
             )
         if self.partition.kind != "natural" and self.partition.num_clients == 0:
             raise UserError(

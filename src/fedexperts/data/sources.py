@@ -36,29 +36,31 @@ def iterate_examples(settings: DataSettings, seed: int) -> Iterator[Example]:
         yield reader.read(record, where)
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each record of a file, or of the files of a folder in the order of their names, with its file and
-    line."""
+def read_json_lines(path: Path, *, key: str = "data.source") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each record of a file, or of a folder's files in the order of their names, with its file and line.
+
+    ``key`` is the setting that an error about the file names.
+    """
     if path.is_file():
-        yield from _read_file(path, path.name)
+        yield from _read_file(path, path.name, key)
         return
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(_SUFFIXES))
     if not files:
-        raise UserError(f'data.source: folder "{path}" holds no file that ends in {", ".join(_SUFFIXES)}.')
+        raise UserError(f'{key}: folder "{path}" holds no file that ends in {", ".join(_SUFFIXES)}.')
     for file in files:
-        yield from _read_file(file, file.relative_to(path).as_posix())
+        yield from _read_file(file, file.relative_to(path).as_posix(), key)
 
 
-def _read_file(path: Path, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _read_file(path: Path, name: str, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     where = name
     try:
         with _open(path) as lines:
             for number, line in enumerate(lines, start=1):
                 where = f"{name}:{number}"
                 if line.strip():
-                    yield where, _parse(line, f"{path}, line {number}")
+                    yield where, _parse(line, where)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f'data.source: file "{path}" cannot be read after {where}: {error}.') from error
+        raise UserError(f'{key}: file "{path}" cannot be read after {where}: {error}.') from error
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -81,7 +83,7 @@ def read_hub(settings: DataSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not _HUB_NAME.fullmatch(name):
         raise UserError(f'data.source is "{name}", which is neither a file nor a name like "owner/name".')
     try:
-        import datasets
+        import datasets  # an optional dependency
     except ImportError:
         raise UserError(
             f'data.source "{name}" is no file, and as a Hugging Face data set it needs the library '
@@ -94,8 +96,7 @@ def read_hub(settings: DataSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
     except Exception as error:  # the library raises many kinds for a wrong name, split or network
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
-            f'data.source: the Hugging Face data set "{name}" (data.hub_split "{settings.hub_split}") cannot '
-            f"be "
+            f'data.source: split "{settings.hub_split}" of the Hugging Face data set "{name}" cannot be '
             f"loaded: {type(error).__name__}: {reason}"
         ) from error
     for number, row in enumerate(rows, start=1):

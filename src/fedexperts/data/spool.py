@@ -4,13 +4,12 @@ import json
 import os
 import tempfile
 import weakref
-from dataclasses import astuple
 
 from fedexperts.data.examples import Example
 
 
 class ExampleSpool:
-    """A temporary file of examples, one JSON array on each line, read by byte position.
+    """A temporary file of examples, one JSON object on each line, read by byte position.
 
     The file has no name (where the system allows that), so that nothing is left of it even when the process
     is killed. It lies in the folder for temporary files, which the environment variable TMPDIR moves.
@@ -25,7 +24,7 @@ class ExampleSpool:
 
     def append(self, example: Example) -> None:
         """Write ``example`` at the end, from ``size_bytes`` on."""
-        line = json.dumps(astuple(example), ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(vars(example), ensure_ascii=False).encode() + b"\n"
         self._file.write(line)
         self._is_flushed = False
         self.size_bytes += len(line)
@@ -37,16 +36,4 @@ class ExampleSpool:
             self._is_flushed = True
         block = os.pread(self._file.fileno(), stop - start, start)
         assert len(block) == stop - start
-        return [_example(line) for line in block.splitlines()]
-
-
-def _example(line: bytes) -> Example:
-    instruction, response, context, label, client, source_id = json.loads(line)
-    return Example(
-        instruction=instruction,
-        response=response,
-        context=context,
-        label=label,
-        client=client,
-        source_id=source_id,
-    )
+        return [Example(**json.loads(line)) for line in block.splitlines()]

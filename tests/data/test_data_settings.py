@@ -1,0 +1,63 @@
+import pytest
+
+from fedexperts.data.settings import (
+    DataSettings,
+    FieldMap,
+    PartitionSettings,
+    SplitSettings,
+    TinyworldSettings,
+)
+from fedexperts.errors import UserError
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("inf"), float("nan")])
+def test_alpha_must_be_greater_than_zero(alpha):
+    with pytest.raises(UserError, match=r"data\.partition\.alpha is .* greater than 0"):
+        PartitionSettings(kind="dirichlet", alpha=alpha)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (
+            lambda: PartitionSettings(kind="idd"),
+            r"data\.partition\.kind is \"idd\"; it must be one of natural",
+        ),
+        (lambda: PartitionSettings(num_clients=-1), r"data\.partition\.num_clients is -1"),
+        (lambda: PartitionSettings(min_examples=1), r"data\.partition\.min_examples is 1; .* at least 2"),
+        (lambda: PartitionSettings(kind="iid", alpha=0.1), r"data\.partition\.alpha .* only \"dirichlet\""),
+        (lambda: PartitionSettings(labels_per_client=2), r"labels_per_client .* only \"pathological\""),
+        (lambda: PartitionSettings(max_examples_per_client=5), r"max_examples_per_client is 5; .* 10"),
+        (lambda: SplitSettings(test=0.0), r"data\.split\.test is 0"),
+        (lambda: SplitSettings(validation=-0.1), r"data\.split\.validation is -0\.1"),
+        (lambda: SplitSettings(validation=0.5, test=0.5), r"sum to 1"),
+        (lambda: FieldMap(response=""), r"data\.fields\.response is empty"),
+        (lambda: TinyworldSettings(examples_per_client=0), r"examples_per_client is 0"),
+        (lambda: TinyworldSettings(styles="mine"), r"data\.tinyworld\.styles is \"mine\""),
+        (lambda: DataSettings(source=""), r"data\.source is empty"),
+        (lambda: DataSettings(max_tokens=1), r"data\.max_tokens is 1"),
+        (lambda: DataSettings(max_examples=-1), r"data\.max_examples is -1"),
+        (lambda: DataSettings(template="vicuna"), r"data\.template is \"vicuna\""),
+        (lambda: DataSettings(labels=("a", "a")), r"data\.labels names a label twice"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_the_keys_full_name(make, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make()
+
+
+def test_settings_of_another_source_are_refused():
+    with pytest.raises(UserError, match=r"data\.fields is set but has no effect"):
+        DataSettings(fields=FieldMap(label="topic"))
+    with pytest.raises(UserError, match=r"data\.tinyworld is set but has no effect"):
+        DataSettings(source="a.jsonl", tinyworld=TinyworldSettings(styles="neutral"))
+
+
+def test_a_natural_partition_of_a_file_needs_the_client_field():
+    with pytest.raises(UserError, match=r"data\.fields\.client is empty"):
+        DataSettings(source="a.jsonl")
+
+
+def test_other_partitions_of_a_file_need_the_number_of_clients():
+    with pytest.raises(UserError, match=r"data\.partition\.num_clients is 0"):
+        DataSettings(source="a.jsonl", partition=PartitionSettings(kind="iid"))
