@@ -89,7 +89,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe": {"num_hidden_layers": 3, "first_k_dense_replace": 1},
     "glm4_moe_lite": _LATENT_ATTENTION | _ALL_SPARSE,
     "glm_moe_dsa": _LATENT_ATTENTION | _ALL_SPARSE | _INDEXED,
-    "gpt_oss": {},
+    "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "granitemoe": {},
     "granitemoe_swa": {},
     "granitemoehybrid": _LINEAR_THEN_FULL | _MAMBA_2,
@@ -105,7 +105,6 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 0,
         "mamba_d_state": 4,
         "mamba_dt_rank": 4,
-        "use_mamba_kernels": False,
     },
     "kimi_linear": _LATENT_ATTENTION
     | _ALL_SPARSE

@@ -25,7 +25,7 @@ IMPLEMENTATION = "fedexperts"
 
 _MARKS = ("is_transposed", "has_bias", "has_gate", "is_concatenated")
 _ADDITION = "graft"
-_EXPERT_NAME = re.compile(r"^(?P<layer>.+)\.(?P<expert>\d+)\.(?P<parameter>[a-z_]+)$")
+_EXPERT_NAME = re.compile(r"^(?P<layer>.+\.experts)\.(?P<expert>\d+)\.(?P<parameter>[a-z_]+)$")
 _DECODE_ROWS = 64
 
 

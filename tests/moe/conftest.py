@@ -1,0 +1,23 @@
+"""Seated models as fixtures."""
+
+from collections.abc import Iterator
+
+import pytest
+from seated import Seated, assert_same_state, seat, state
+
+from fedexperts.models.tiny import FAMILIES
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def seated(request: pytest.FixtureRequest) -> Seated:
+    """Every family in turn."""
+    return seat(request.param)
+
+
+@pytest.fixture
+def qwen() -> Iterator[Seated]:
+    """The family of the shipped model; checked to be left as it was found."""
+    found = seat("qwen2_moe")
+    before = state(found.model)
+    yield found
+    assert_same_state(found.model, before)
