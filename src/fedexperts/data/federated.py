@@ -117,9 +117,7 @@ class FederatedData:
 def no_data() -> FederatedData:
     """No client at all: what a server over a network has."""
     source = PoolCounts(num_read=0, num_other_label=0, num_empty=0, num_duplicates=0, num_over_limit=0)
-    counts = DataCounts(
-        source=source, num_without_client=0, num_over_client_limit=0, num_moved=0, num_used=0
-    )
+    counts = DataCounts(source=source, num_without_client=0, num_over_client_limit=0, num_moved=0, num_used=0)
     return FederatedData(ExampleSpool(), (), counts, label_names=())
 
 
