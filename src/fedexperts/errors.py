@@ -1,5 +1,7 @@
 """What went wrong by the user's hand, as opposed to ours."""
 
+import errno
+
 
 class UserError(ValueError):
     """A mistake in a file, a setting, a checkpoint or a message, told in one sentence.
@@ -7,3 +9,8 @@ class UserError(ValueError):
     The sentence names the value, what is allowed, and the setting's full name. The command line prints it
     without a traceback and exits with code 2. Every other exception is a fault of the program.
     """
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether there is no space left on a device; safetensors says so in words only."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)

@@ -10,7 +10,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field
 from typing import Any, TypeVar
 
@@ -105,12 +105,18 @@ def describe(hint: Any) -> str:
     if _is_union(hint):
         return " or ".join(describe(member) for member in arguments if member is not type(None))
     if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(map(render_value, arguments))
+        return any_of(arguments)
     if typing.get_origin(hint) is tuple:
         plain = {int: "whole numbers", float: "finite numbers", str: "texts"}.get(arguments[0])
         return f"a list of {plain}" if plain else f"a list, each of them {describe(arguments[0])}"
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
     return words.get(hint, "a section")
+
+
+def any_of(values: Sequence[Any]) -> str:
+    """``"a" or "b"``, from three on ``one of "a", "b", "c"``."""
+    texts = list(map(render_value, values))
+    return " or ".join(texts) if len(texts) < 3 else f"one of {', '.join(texts)}"
 
 
 def _fields(cls: Any) -> dict[str, Field[Any]]:
@@ -127,7 +133,7 @@ def _placed(message: str, names: Collection[str], source: Source, prefix: str) -
 
 
 def _build_chosen(classes: Mapping[str, type], section: Any, source: Source, section_key: str) -> Any:
-    key, allowed = f"{section_key}.name", " or ".join(map(render_value, sorted(classes)))
+    key, allowed = f"{section_key}.name", any_of(sorted(classes))
     if not isinstance(section, Mapping):
         raise source.error(section_key, f"is a section; {key} must be {allowed}, not {render_value(section)}")
     if "name" not in section:
@@ -206,7 +212,7 @@ def _suggestion(prefix: str, key: str, siblings: Collection[str], source: Source
     near = difflib.get_close_matches(key, siblings, n=1)
     if near:
         return f"; did you mean {prefix}{near[0]}?"
-    if f"{prefix}{key}" in source.known_keys:
+    if any(f"{known}.".startswith(f"{prefix}{key}.") for known in source.known_keys):
         return f" of this {prefix}name; allowed: {', '.join(sorted(siblings)) or 'name only'}"
     elsewhere = {known.rpartition(".")[2]: known for known in source.known_keys}
     near = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.8)

@@ -10,12 +10,12 @@ from fedexperts.config import build
 from fedexperts.config.build import Source
 from fedexperts.config.schema import RunConfig
 from fedexperts.config.toml import (
+    describe_change,
     flattened,
     overridden,
     parse_value,
     read_toml,
     render_toml,
-    render_value,
     split_overrides,
 )
 
@@ -72,14 +72,10 @@ def difference(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def table_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed between two tables; a key that one of them lacks is shown as ``(none)``."""
+    """What changed between two tables, in the order of keys."""
     before, after = flattened(old), flattened(new)
     return [
-        f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
+        describe_change(key, before, after)
         for key in [*before, *(key for key in after if key not in before)]
         if before.get(key) != after.get(key)
     ]
-
-
-def _shown(values: Mapping[str, Any], key: str) -> str:
-    return render_value(values[key]) if key in values else "(none)"

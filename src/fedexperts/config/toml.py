@@ -106,3 +106,9 @@ def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def describe_change(key: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """E.g. ``training.lr: 0.003 -> 0.01``; ``(none)`` where a side lacks the key."""
+    old, new = (render_value(side[key]) if key in side else "(none)" for side in (before, after))
+    return f"{key}: {old} -> {new}"

@@ -1,0 +1,356 @@
+"""The command line: a path and ``key=value`` pairs in, a call to what does the work.
+
+Whatever needs torch is imported inside the commands, so that ``fedexperts --help`` answers at once.
+"""
+
+import logging
+import os
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedexperts import __version__
+from fedexperts.errors import UserError, is_disk_full
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedexperts.config.schema import RunConfig
+    from fedexperts.search import GroupSearch
+
+OK, SOME_FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with the one line that says what is left and how to go on."""
+
+
+def run(given: Namespace) -> int:
+    """Run one experiment, or go on with one."""
+    console = _log_to_stderr(is_quiet=given.quiet)
+    if given.resume is None:
+        config, directory = _new_run(given)
+    else:
+        config, directory = _old_run(given), given.resume
+    with _told_when_interrupted(f"fedexperts run --resume {shlex.quote(str(directory))}"):
+        from fedexperts.experiment import run_experiment
+        from fedexperts.progress import choose_progress
+
+        with choose_progress(console, is_quiet=given.quiet) as progress:
+            run_experiment(config, directory, progress=progress, resume=given.resume is not None)
+    _show_report(directory)
+    return OK
+
+
+def compare(given: Namespace) -> int:
+    """Run a matrix of experiments; what has a result is skipped, what is unfinished is resumed."""
+    console = _log_to_stderr(is_quiet=given.quiet)
+    from fedexperts.config.matrix import load_suite
+    from fedexperts.progress import choose_progress
+    from fedexperts.suite import compare as compare_suite
+
+    suite = load_suite(given.suite, given.overrides)
+    directory = given.to or Path("runs", suite.name)
+    with _told_when_interrupted("the same command"):
+        outcome = compare_suite(
+            suite, directory, lambda title: choose_progress(console, is_quiet=given.quiet, title=title)
+        )
+    if outcome.search:
+        _show_search(outcome.search)
+    if outcome.finished:
+        _show_report(directory)
+    for name, reason in outcome.failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    return SOME_FAILED if outcome.failed else OK
+
+
+def report(given: Namespace) -> int:
+    """Make report.html and REPORT.md anew from what runs have left."""
+    _show_report(given.directory)
+    return OK
+
+
+def check(given: Namespace) -> int:
+    """Say what would run (clients, parameters, bytes, memory); nothing is trained or written."""
+    _log_to_stderr(is_quiet=True)
+    from fedexperts.checking import check_experiment
+    from fedexperts.config.load import load_config
+
+    console = _stdout()
+    for part in check_experiment(load_config(given.experiment, given.overrides)).render():
+        console.print(part)
+    return OK
+
+
+def generate(given: Namespace) -> int:
+    """Let a client's personalised model answer a prompt."""
+    _log_to_stderr(is_quiet=True)
+    from fedexperts.export import generate_text
+
+    print(generate_text(given.run_dir, given.client, given.prompt, when=given.when, context=given.context))
+    return OK
+
+
+def export(given: Namespace) -> int:
+    """Write a client's personalised model to a folder."""
+    _log_to_stderr(is_quiet=True)
+    from fedexperts.export import export_client
+
+    print(
+        export_client(given.run_dir, given.client, given.to, when=given.when, as_checkpoint=given.checkpoint)
+    )
+    return OK
+
+
+def pretrain(given: Namespace) -> int:
+    """Train the small model that the package ships, from nothing."""
+    _log_to_stderr(is_quiet=False)
+    from fedexperts.config.load import build_settings
+    from fedexperts.pretrain import PretrainSettings
+    from fedexperts.pretrain import pretrain as pretrain_model
+
+    settings = build_settings(PretrainSettings, {}, "pretrain", given.overrides)
+    pretrain_model(settings, given.to, lambda line: print(line, flush=True))
+    return OK
+
+
+def _argument(*names: str, **how: Any) -> Callable[[ArgumentParser], None]:
+    def add(parser: ArgumentParser) -> None:
+        parser.add_argument(*names, **how)
+
+    return add
+
+
+_EXPERIMENT = _argument("experiment", metavar="EXPERIMENT.toml", type=Path, help="an experiment file")
+_OVERRIDES = _argument(
+    "overrides", metavar="KEY=VALUE", nargs="*", help="settings over the file's, e.g. training.lr=3e-3"
+)
+_RUN_DIR = _argument("run_dir", metavar="RUN_DIR", type=Path, help="a run directory")
+_CLIENT = _argument("--client", metavar="ID", required=True, help="the client, e.g. client-000")
+_WHEN = _argument(
+    "--when",
+    choices=("before", "after"),
+    default="after",
+    help="its model before or after the last local steps (default: after)",
+)
+_QUIET = _argument("--quiet", action="store_true", help="no progress, only warnings and the result")
+
+COMMANDS: tuple[tuple[Callable[[Namespace], int], tuple[Callable[[ArgumentParser], None], ...]], ...] = (
+    (
+        run,
+        (
+            _argument("experiment", metavar="EXPERIMENT.toml", nargs="?", help="an experiment file"),
+            _OVERRIDES,
+            _argument("--to", metavar="DIR", type=Path, help="run directory (default: runs/NAME-N)"),
+            _argument(
+                "--resume", metavar="RUN_DIR", type=Path, help="go on with this run; no file is needed then"
+            ),
+            _QUIET,
+        ),
+    ),
+    (
+        compare,
+        (
+            _argument("suite", metavar="SUITE.toml", type=Path, help="a suite file"),
+            _OVERRIDES,
+            _argument("--to", metavar="DIR", type=Path, help="suite directory (default: runs/NAME)"),
+            _QUIET,
+        ),
+    ),
+    (report, (_argument("directory", metavar="DIR", type=Path, help="a run or suite directory"),)),
+    (check, (_EXPERIMENT, _OVERRIDES)),
+    (
+        generate,
+        (
+            _RUN_DIR,
+            _argument("prompt", metavar="PROMPT", help="what to ask"),
+            _CLIENT,
+            _argument("--context", metavar="TEXT", default="", help="a passage that the prompt refers to"),
+            _WHEN,
+        ),
+    ),
+    (
+        export,
+        (
+            _RUN_DIR,
+            _CLIENT,
+            _argument("--to", metavar="DIR", type=Path, required=True, help="a new folder"),
+            _WHEN,
+            _argument(
+                "--checkpoint",
+                action="store_true",
+                help="one plain checkpoint, where the family can express the model",
+            ),
+        ),
+    ),
+    (
+        pretrain,
+        (_OVERRIDES, _argument("--to", metavar="DIR", type=Path, required=True, help="a new folder")),
+    ),
+)
+"""Each command with its arguments; the first line of a command's docstring is its help."""
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of the whole command line."""
+    parser = ArgumentParser(
+        prog="fedexperts",
+        description="Federated fine-tuning of Mixture-of-Experts language models.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command, arguments in COMMANDS:
+        text = command.__doc__ or ""
+        added = commands.add_parser(command.__name__, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(command=command)
+        for add in arguments:
+            add(added)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; a user's mistake is one line on stderr."""
+    given = _parse(arguments)
+    try:
+        return int(given.command(given))
+    except UserError as error:
+        return _told(f"error: {error}", MISTAKE)
+    except (Interrupted, KeyboardInterrupt) as error:
+        return _told(str(error) or "interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader has gone, as in `fedexperts check FILE | head`; without this Python complains at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SOME_FAILED
+    except Exception as error:
+        if is_disk_full(error):
+            return _told(
+                f"error: the disk is full ({error}): make room and resume, finished rounds are kept", MISTAKE
+            )
+        raise
+
+
+def _told(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code
+
+
+def _parse(arguments: Sequence[str] | None) -> Namespace:
+    """Arguments by name; overrides may also follow an option, which argparse alone does not take."""
+    parser = build_parser()
+    given, rest = parser.parse_known_args(arguments)
+    if rest and (any(one.startswith("-") for one in rest) or not hasattr(given, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        given.overrides = [*given.overrides, *rest]
+    return given
+
+
+def _new_run(given: Namespace) -> "tuple[RunConfig, Path]":
+    from fedexperts.config.load import load_config
+
+    if given.experiment is None:
+        raise UserError("run needs an EXPERIMENT.toml, or --resume RUN_DIR")
+    if _is_override(given.experiment):
+        raise UserError(f"the EXPERIMENT.toml must stand before {given.experiment}")
+    file = Path(given.experiment)
+    config = load_config(file, given.overrides)
+    return config, given.to or _unused(Path("runs"), file.stem)
+
+
+def _old_run(given: Namespace) -> "RunConfig":
+    """The configuration that is asked for, which :func:`run_experiment` holds against the run's own."""
+    from fedexperts.config.load import load_config
+    from fedexperts.run_directory import RunDirectory
+
+    if given.to is not None:
+        raise UserError(f"--to {given.to} and --resume {given.resume} exclude each other")
+    old = RunDirectory(given.resume)
+    old.create(resume=True)
+    if given.experiment is None:
+        return load_config(old.config)
+    if _is_override(given.experiment):
+        return load_config(old.config, [given.experiment, *given.overrides])
+    return load_config(Path(given.experiment), given.overrides)
+
+
+def _is_override(argument: str) -> bool:
+    return "=" in argument and not Path(argument).exists()
+
+
+def _unused(folder: Path, stem: str) -> Path:
+    number = 1
+    while (folder / f"{stem}-{number}").exists():
+        number += 1
+    return folder / f"{stem}-{number}"
+
+
+@contextmanager
+def _told_when_interrupted(how_to_go_on: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted: finished rounds are kept; to go on: {how_to_go_on}") from None
+
+
+def _log_to_stderr(*, is_quiet: bool) -> "Console":
+    """Send the package's log to stderr, above the bars where it is a terminal; returns its console."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        handler: logging.Handler = RichHandler(console=console, show_path=False, show_time=False)
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    package = logging.getLogger("fedexperts")
+    package.handlers = [handler]
+    # A library that sets up the root logger, as absl does when it is imported, would repeat every line.
+    package.propagate = False
+    package.setLevel(logging.WARNING if is_quiet else logging.INFO)
+    return console
+
+
+def _stdout() -> "Console":
+    """Standard output, as wide as a table needs where there is no terminal."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=240)
+
+
+def _show_report(directory: Path) -> None:
+    """Write the report, print its main table and say where it is."""
+    from fedexperts.report import headline_table, terminal_table, write_report
+    from fedexperts.report.grouping import methods_of
+    from fedexperts.report.reading import read_suite
+    from fedexperts.report.tables import rows_of
+
+    paths = write_report(directory)
+    _stdout().print(terminal_table(headline_table(rows_of(methods_of(read_suite(directory).runs)))))
+    for path in paths:
+        print(f"report: {path}")
+
+
+def _show_search(search: "dict[str, GroupSearch]") -> None:
+    from fedexperts.config.toml import render_value
+    from fedexperts.report import terminal_table
+    from fedexperts.report.tables import make_table
+
+    rows = [
+        (
+            group,
+            ", ".join(f"{key}={render_value(value)}" for key, value in one.values.items()),
+            "failed" if one.mean is None else f"{one.mean:.4f}",
+            "chosen" if one.values == found.chosen else "",
+        )
+        for group, found in search.items()
+        for one in found.tried
+    ]
+    titles = ("group", "tried", "validation", "")
+    _stdout().print(terminal_table(make_table("Search on validation examples", titles, rows, num_text=2)))

@@ -1,0 +1,75 @@
+"""An equal search budget for every group of a suite: the same grid, the same seeds, validation data only."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedexperts.config.matrix import SEED, SearchSettings, Suite, varied_label
+
+Values = Mapping[str, Any]
+Attempt = Callable[[str, Values, str], dict[str, Any] | None]
+"""Name, values and title of a run to its result, or None if the run failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """One point of the grid for one group."""
+
+    values: Values
+    scores: tuple[float | None, ...]
+    """The metric by seed; None where the run failed or the metric is not a number."""
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over the seeds; None unless every seed has a score."""
+        scores = [score for score in self.scores if score is not None]
+        return math.fsum(scores) / len(scores) if len(scores) == len(self.scores) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSearch:
+    """What one group tried and chose."""
+
+    tried: tuple[Tried, ...]
+    chosen: Values | None
+    """None where no point has a mean."""
+
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in ``search.json``."""
+        points = [
+            {"values": dict(one.values), "scores": list(one.scores), "mean": one.mean} for one in self.tried
+        ]
+        return {"chosen": self.chosen, "tried": points}
+
+
+def search_groups(
+    suite: Suite, search: SearchSettings, attempt: Attempt
+) -> Iterator[tuple[str, GroupSearch]]:
+    """Each group of the suite with its choice, one group after the other; ties go to the earlier point."""
+    groups = {run.group: run.values for run in reversed(suite.runs)}
+    ordered = list(dict.fromkeys(run.group for run in suite.runs))
+    total, number = len(ordered) * len(suite.grid) * len(search.seeds), 0
+    for group in ordered:
+        tried = []
+        for point in suite.grid:
+            scores = []
+            for seed in search.seeds:
+                number += 1
+                values = {**groups[group], **point, SEED: seed}
+                name = f"{group}-{varied_label(point)}-seed-{seed}"
+                result = attempt(name, values, f"search {number}/{total} {name}")
+                scores.append(_score(result, search.metric))
+            tried.append(Tried(values=point, scores=tuple(scores)))
+        yield group, GroupSearch(tried=tuple(tried), chosen=_best(tried, search.metric))
+
+
+def _score(result: Mapping[str, Any] | None, metric: str) -> float | None:
+    value = result["mean"].get(metric) if result is not None else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _best(tried: Sequence[Tried], metric: str) -> Values | None:
+    sign = -1 if "loss" in metric else 1
+    scored = [one for one in tried if one.mean is not None]
+    return max(scored, key=lambda one: sign * (one.mean or 0.0)).values if scored else None
