@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
 from fedexperts.config.schema import RunConfig
 from fedexperts.costs import (
     PredictedBytes,
@@ -15,22 +19,20 @@ from fedexperts.costs import (
     trained_tensors,
 )
 from fedexperts.data.batches import BatchCounts, encode_all
+from fedexperts.data.split import SPLITS
+from fedexperts.data.table import LabelRow, label_table
 from fedexperts.federation.cohort import draw_cohort
 from fedexperts.federation.personal import PersonalStore
 from fedexperts.result import describe_parameters
 from fedexperts.workbench import Workbench, open_workbench
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientFacts:
     """One client's row."""
 
-    client_id: str
-    num_examples: dict[str, int]
-    """By split."""
-    labels: dict[str, int]
+    row: LabelRow
+    """Who it is, the sizes of its splits, and its labels."""
     counts: BatchCounts
     """Of its training examples: tokens, labels, truncated, without label."""
 
@@ -49,13 +51,68 @@ class CheckReport:
     memory: PredictedMemory
     """Of one client's turn."""
 
+    def render(self) -> list[RenderableType]:
+        """Tables for a terminal."""
+        return [self._client_table(), self._parameter_table(), self._cost_table()]
+
+    def _client_table(self) -> Table:
+        labels = list(self.clients[0].row.labels)
+        table = Table(
+            "client", "name", *SPLITS, "cut", "no label", *labels, title="Clients and their examples"
+        )
+        for column in table.columns[2:]:
+            column.justify = "right"
+        largest = max((count for facts in self.clients for count in facts.row.labels.values()), default=1)
+        for facts in self.clients:
+            table.add_row(
+                facts.row.client_id,
+                facts.row.name,
+                *(str(getattr(facts.row, f"num_{split}")) for split in SPLITS),
+                _warned(facts.counts.num_truncated),
+                _warned(facts.counts.num_without_label),
+                *(_shaded(facts.row.labels[label], largest) for label in labels),
+            )
+        return table
+
+    def _parameter_table(self) -> Table:
+        table = Table("parameters", "number", "share", title="Parameters of the model as a client has it")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        roles = ("trained", "travelling", "personal")
+        total = sum(count for group, count in self.parameters.items() if group not in roles)
+        groups = [(name, count) for name, count in self.parameters.items() if count or name in roles]
+        for name, count in groups:
+            if name == "travelling":
+                table.add_section()
+            table.add_row(name, f"{count:,}", f"{count / total:.2%}")
+        return table
+
+    def _cost_table(self) -> Table:
+        table = Table("predicted", "amount", title="Bytes and memory")
+        table.columns[1].justify = "right"
+        exchanges = self.cohort_size * self.num_rounds
+        table.add_row("upload, one client, one round", f"{self.bytes.upload:,} bytes")
+        table.add_row("download, one client, one round", f"{self.bytes.download:,} bytes")
+        table.add_row(
+            f"both, {self.cohort_size} clients, {self.num_rounds} rounds",
+            f"{(self.bytes.upload + self.bytes.download) * exchanges:,} bytes",
+        )
+        table.add_section()
+        for name in ("weights", "gradients", "optimizer", "activations", "total"):
+            about = "about " if name in ("activations", "total") else ""
+            table.add_row(f"memory: {name}", f"{about}{getattr(self.memory, name) / 2**20:,.1f} MiB")
+        return table
+
     def as_json(self) -> dict[str, Any]:
         """The same as plain data."""
         return {
             "clients": {
-                facts.client_id: {
-                    **facts.num_examples,
-                    "labels": facts.labels,
+                facts.row.client_id: {
+                    "name": facts.row.name,
+                    "train": facts.row.num_train,
+                    "validation": facts.row.num_validation,
+                    "test": facts.row.num_test,
+                    "labels": facts.row.labels,
                     "num_truncated": facts.counts.num_truncated,
                     "num_without_label": facts.counts.num_without_label,
                 }
@@ -82,7 +139,7 @@ def check_experiment(config: RunConfig) -> CheckReport:
         UserError: whatever would stop the run at its start.
     """
     with open_workbench(config, Stopwatch()) as bench:
-        clients = tuple(_facts(bench, client_id) for client_id in bench.data.client_ids)
+        clients = tuple(_facts(bench, row) for row in label_table(bench.data))
         cohort = draw_cohort(bench.data.client_ids, config.cohort, config.seed, 1)
         runtime = bench.runtime(PersonalStore(Path(os.devnull)))
         state = bench.algorithm.init(bench.parts)
@@ -97,14 +154,9 @@ def check_experiment(config: RunConfig) -> CheckReport:
             )
 
 
-def _facts(bench: Workbench, client_id: str) -> ClientFacts:
-    _, counts = encode_all(bench.format, bench.data.examples(client_id, "train"))
-    return ClientFacts(
-        client_id=client_id,
-        num_examples={split: bench.data.num_examples(client_id, split) for split in SPLITS},  # type: ignore[misc]
-        labels=bench.data.label_counts()[client_id],
-        counts=counts,
-    )
+def _facts(bench: Workbench, row: LabelRow) -> ClientFacts:
+    _, counts = encode_all(bench.format, bench.data.examples(row.client_id, "train"))
+    return ClientFacts(row=row, counts=counts)
 
 
 def _memory(bench: Workbench, clients: tuple[ClientFacts, ...]) -> PredictedMemory:
@@ -117,3 +169,15 @@ def _memory(bench: Workbench, clients: tuple[ClientFacts, ...]) -> PredictedMemo
         tokens_per_batch=round(training.batch_size * min(1.5 * longest, bench.config.data.max_tokens)),
         recomputes=training.gradient_checkpointing,
     )
+
+
+def _warned(count: int) -> Text:
+    return Text(str(count), style="bold yellow" if count else "dim")
+
+
+def _shaded(count: int, largest: int) -> Text:
+    """A cell of the heat map: the darker, the more examples."""
+    share = count / largest
+    red, green, blue = (round(255 - (255 - full) * share) for full in (12, 83, 148))
+    ink = "white" if share > 0.5 else "black"
+    return Text(f"{count:>4} ", style=f"{ink} on rgb({red},{green},{blue})")

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -76,10 +77,10 @@ def _activations(parts: ModelParts, tokens: int, recomputes: bool) -> int:
     With recomputation one hidden-size row per layer stays, and one layer at a time is whole. The logits,
     their softmax and its gradient are kept in float32 in either case.
     """
-    config = parts.model.config.get_text_config()
+    config: Any = cast(Any, parts.model).config.get_text_config()
     bytes_each = next(parts.model.parameters()).element_size()
     hidden, inner = parts.layers[0].hidden_size, parts.layers[0].expert_size
-    top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", 2)
+    top_k = int(getattr(config, "num_experts_per_tok", 0) or getattr(config, "moe_topk", 0) or 2)
     shared = getattr(config, "shared_expert_intermediate_size", None) or 0
     layer = tokens * bytes_each * (16 * hidden + top_k * (4 * inner + 3 * hidden) + 4 * shared)
     depth = config.num_hidden_layers

@@ -16,6 +16,7 @@ from fedexperts.costs import Stopwatch, predict_round
 from fedexperts.environment import describe_environment
 from fedexperts.errors import UserError
 from fedexperts.federation.checkpoint import drop_unfinished_round, load_checkpoint, save_checkpoint
+from fedexperts.federation.flower_launch import run_with_flower
 from fedexperts.federation.inprocess import InProcess
 from fedexperts.federation.rounds import Federation, RoundRecord
 from fedexperts.federation.runtime import ClientRuntime, Watcher
@@ -42,7 +43,7 @@ TransportMaker = Callable[[ClientRuntime], Transport]
 def run_experiment(
     config: RunConfig, run_directory: Path, *, progress: Progress, resume: bool = False
 ) -> dict[str, Any]:
-    """Run, or go on with, one experiment in this process; returns ``result.json``'s object.
+    """Run, or go on with, one experiment; returns ``result.json``'s object.
 
     A finished run that is resumed is not run again.
 
@@ -59,7 +60,10 @@ def run_experiment(
                 return read_json(run.result)
         else:
             write_atomically(run.config, resolved_toml(config).encode())
-        return _run(config, run, progress)
+        if config.transport.name == "inprocess":
+            return _run(config, run, progress)
+    # Over Flower another process holds the run, and takes the lock itself.
+    return run_with_flower(config, run, progress=progress)
 
 
 def refuse_other_config(run: RunDirectory, config: RunConfig) -> None:
@@ -77,11 +81,12 @@ def _run(config: RunConfig, run: RunDirectory, progress: Progress) -> dict[str, 
     with open_workbench(config, stopwatch) as bench:
         watcher = Watcher(client_started=progress.client_started, step_done=progress.step_done)
         runtime = bench.runtime(personal_store(run.path), watcher)
-        write_json(run.environment, describe_environment(config.threads, str(_device(bench.parts))))
+        write_json(run.environment, describe_environment(config.threads, str(device_of(bench.parts))))
         return ServerRun(config, run, runtime, InProcess(runtime), progress, stopwatch).run()
 
 
-def _device(parts: ModelParts) -> torch.device:
+def device_of(parts: ModelParts) -> torch.device:
+    """Where the model lives."""
     return next(parts.model.parameters()).device
 
 

@@ -8,7 +8,7 @@ trained).
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -20,7 +20,7 @@ from fedexperts.config.schema import RunConfig
 from fedexperts.data.examples import Example
 from fedexperts.data.prompts import PromptFormat
 from fedexperts.errors import UserError
-from fedexperts.evaluation.generate import generate_responses
+from fedexperts.evaluation.generate import generate_greedily
 from fedexperts.federation.checkpoint import load_checkpoint
 from fedexperts.federation.personal import PersonalStore, read_tensors, write_tensors
 from fedexperts.federation.scoring import ADAPTED
@@ -121,10 +121,15 @@ def generate_text(
     """What the personalised model of ``client_id`` answers, greedily."""
     personalised, config = personalised_of_run(run_directory, client_id, when)
     format = PromptFormat(personalised.tokenizer, config.data.template, config.data.max_tokens)
-    example = Example(instruction=prompt, context=context, response="")
-    return generate_responses(
-        personalised.model, format, [example], max_new_tokens=config.evaluation.max_new_tokens, batch_size=1
+    answer = generate_greedily(
+        personalised.model,
+        [format.encode_prompt(Example(instruction=prompt, context=context, response=""))],
+        max_new_tokens=config.evaluation.max_new_tokens,
+        batch_size=1,
+        eos_token_id=format.eos_token_id,
+        pad_token_id=format.pad_token_id,
     )[0]
+    return str(personalised.tokenizer.decode(list(answer.token_ids), skip_special_tokens=True))
 
 
 def export_client(
@@ -189,7 +194,7 @@ def _export_checkpoint(config: RunConfig, own: _Own, client_id: str, to: Path) -
     parts, tokenizer = build_parts(config)
     load_tensors(parts.model, own.shared)
     remove_lora(parts.model, fold=True)
-    parts.model.save_pretrained(to)
+    cast(Any, parts.model).save_pretrained(to)
     tokenizer.save_pretrained(to)
     return to
 

@@ -86,7 +86,7 @@ def _client(client_id: str, parts: ResultParts) -> Json:
     totals = {name: sum(line[name] for line in lines) for name in ("upload_bytes", "download_bytes")}
     counts = {name: lines[-1][name] for name in ("num_truncated", "num_without_label") if lines}
     base = parts.base["clients"][client_id]["metrics"]
-    scores = {name: value for name, value in base.items() if name.endswith("_base")} | score["metrics"]
+    scores: Json = {n: value for n, value in base.items() if n.endswith("_base")} | score["metrics"]
     extra = (
         {"chosen_experts": score["report"]["chosen_experts"]} if "chosen_experts" in score["report"] else {}
     )

@@ -15,7 +15,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def append_lines(path: Path, records: list[Mapping[str, Any]]) -> None:
+def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Append one JSON line for each record."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records)

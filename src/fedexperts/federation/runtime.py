@@ -106,7 +106,7 @@ class ClientRuntime:
             "train": trained - loaded,
             "save": time.perf_counter() - trained,
         }
-        upload.report |= self._counts(client_id)
+        upload.report.update(self._counts(client_id))
         return upload
 
     def _counts(self, client_id: str) -> dict[str, int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fedexperts.algorithms.aggregation import load_tensors
 from fedexperts.data.batches import encode_all, sequential_batches
 from fedexperts.data.examples import Example, Question
+from fedexperts.data.split import SPLITS, Split
 from fedexperts.evaluation.examples import evaluate_examples
 from fedexperts.evaluation.multiple_choice import score_exam
 from fedexperts.federation.personal import write_tensors
@@ -45,7 +46,6 @@ class Scorer:
             installed = runtime.algorithm.install(client, personal, download.tensors)
             runtime.owned_by(client_id, installed, download.tensors)
             metrics = self._scores(client_id, "test", "before")
-            metrics |= self._scores(client_id, "validation", "before")
         with runtime.turn(client_id, download.round) as client:
             trained, personal_after = runtime.algorithm.client_update(client, personal, download.tensors)
             runtime.owned_by(client_id, personal_after, trained.tensors)
@@ -70,7 +70,11 @@ class Scorer:
             return {}
         settings = self._runtime.settings.evaluation
         score = score_exam(
-            self._runtime.parts.model, self._runtime.format, self._questions, settings.batch_size
+            self._runtime.parts.model,
+            self._runtime.format,
+            self._questions,
+            settings.batch_size,
+            normalise=settings.exam.normalise,
         )
         return {
             "accuracy": score.accuracy,
@@ -78,12 +82,12 @@ class Scorer:
             "num_questions": score.num_questions,
         }
 
-    def _examples(self, client_id: str, split: Any, largest: int) -> list[Example]:
+    def _examples(self, client_id: str, split: Split, largest: int) -> list[Example]:
         examples = self._runtime.data.examples(client_id, split)
         return examples[:largest] if largest else examples
 
     def _scores(
-        self, client_id: str, split: str, when: str, *, keep_predictions: bool = False
+        self, client_id: str, split: Split, when: str, *, keep_predictions: bool = False
     ) -> dict[str, float]:
         settings = self._runtime.settings.evaluation
         examples = self._examples(client_id, split, settings.max_test_examples)
@@ -153,8 +157,7 @@ class Scorer:
     def _facts(self, client_id: str, personal: Tensors) -> dict[str, Any]:
         runtime = self._runtime
         facts: dict[str, Any] = {
-            f"num_{split}": runtime.data.num_examples(client_id, split)  # type: ignore[arg-type]
-            for split in ("train", "validation", "test")
+            f"num_{split}": runtime.data.num_examples(client_id, split) for split in SPLITS
         }
         chosen = {name: personal[name].tolist() for name in ("chosen_experts",) if name in personal}
         return facts | chosen | {"personal_sha256": sha256_of(personal) if personal else ""}

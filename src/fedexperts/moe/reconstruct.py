@@ -10,13 +10,13 @@ Shape suffixes: ``T`` tokens, ``D`` hidden, ``L`` layers, ``E`` experts.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedexperts.errors import UserError
 from fedexperts.moe import seam
+from fedexperts.moe.profile import TokenBatch, evaluation_mode
 from fedexperts.moe.seam import MoeLayer
 
 
@@ -38,7 +38,7 @@ class _Losses:
 
 @torch.no_grad()
 def reconstruction_losses(
-    model: nn.Module, layers: Sequence[MoeLayer], batches: Iterable[Any]
+    model: nn.Module, layers: Sequence[MoeLayer], batches: Iterable[TokenBatch]
 ) -> list[Tensor]:
     """Loss of every expert as the stand-in for its whole layer, one tensor (E,) float64 for each layer.
 
@@ -51,18 +51,15 @@ def reconstruction_losses(
         UserError: there is no batch, or a loss is not finite.
     """
     losses = _Losses(layers)
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    num_batches = 0
-    try:
-        with seam.watch_experts(layers, losses.see):
-            for batch in batches:
-                mask = batch.attention_mask.to(device)
-                losses.is_token_T = mask.reshape(-1).bool()
-                model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
-                num_batches += 1
-    finally:
-        model.train(was_training)
+    device, num_batches = next(model.parameters()).device, 0
+    with evaluation_mode(model), seam.watch_experts(layers, losses.see):
+        for batch in batches:
+            mask = batch.attention_mask.to(device)
+            losses.is_token_T = mask.reshape(-1).bool()
+            model(
+                input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False, logits_to_keep=1
+            )
+            num_batches += 1
     if num_batches == 0:
         raise UserError("no calibration batch to choose experts by: the client has no training example")
     for layer, loss_E in zip(layers, losses.loss_LE, strict=True):
