@@ -115,7 +115,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mellum": _ALL_SPARSE,
     "mimo_v2_flash": _ALL_SPARSE,
-    "minimax": {},
+    "minimax": {"block_size": 16},
     "minimax_m2": {},
     "minimax_m3_vl_text": _ALL_SPARSE,
     "mixtral": {},

@@ -1,0 +1,53 @@
+"""Tiny models: the same for the same seed, and of the family that was asked for."""
+
+import pytest
+import torch
+
+from fedexperts.errors import UserError
+from fedexperts.models.tiny import FAMILIES, tiny_model
+from fedexperts.tensors import first_non_finite, sha256_of
+
+NAMED_BY_THE_ISSUE = {
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "mixtral",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
+    "phimoe",
+    "jamba",
+}
+
+
+def test_families_that_users_were_promised_are_there() -> None:
+    assert set(FAMILIES) >= NAMED_BY_THE_ISSUE
+    assert list(FAMILIES) == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_seeds_give_equal_models(family: str) -> None:
+    first, again, other = (tiny_model(family, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert sha256_of(first) == sha256_of(again) != sha256_of(other)
+    assert first_non_finite(first) is None
+    assert sum(tensor.numel() for tensor in first.values()) < 200_000
+
+
+def test_global_generator_is_left_as_it_was() -> None:
+    before = torch.get_rng_state()
+    tiny_model("mixtral", seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_overrides_reach_the_configuration() -> None:
+    model = tiny_model("qwen2_moe", num_experts=4, vocab_size=77, dtype=torch.bfloat16)
+    assert model.config.num_experts == 4
+    assert model.get_input_embeddings().weight.shape == (77, 32)
+    assert model.dtype == torch.bfloat16
+
+
+def test_unknown_family_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(UserError, match='no tiny model of family "llama"; it must be one of afmoe, '):
+        tiny_model("llama")
