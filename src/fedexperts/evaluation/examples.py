@@ -118,9 +118,12 @@ def _positions(model: Any) -> int:
 
 
 def _texts(format: PromptFormat, answers: Sequence[Answer]) -> list[str]:
+    if not answers:
+        return []  # batch_decode makes one empty text of no answer
     ids = [list(answer.token_ids) for answer in answers]
-    texts = format.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return list(texts)
+    return list(
+        format.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
 
 
 def _predictions(
@@ -128,5 +131,5 @@ def _predictions(
 ) -> tuple[Prediction, ...]:
     return tuple(
         Prediction(prompt=format.prompt_text(example), response=example.response, prediction=text)
-        for example, text in zip(examples, texts, strict=False)
+        for example, text in zip(examples if texts else (), texts, strict=True)
     )
