@@ -1,0 +1,140 @@
+"""Runs to methods: runs that differ in nothing but a seed are one method, told by what differs.
+
+The keys that vary under ``data``, ``model`` and ``evaluation`` make a *task*: scores are only compared, and
+the best only marked, within one task. The other varying keys go into the method's label, beside the name of
+its algorithm, where they vary among the runs of that algorithm.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedexperts.report.quantities import Spread, lookup, spread
+from fedexperts.report.reading import Run
+
+_TASK_SECTIONS = ("data", "model", "evaluation")
+_ALGORITHM = "algorithm.name"
+Flat = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way of training on one task, and its runs in order of seed."""
+
+    name: str
+    """Algorithm and the varied keys, as ``flex gate_init=-4``."""
+    task: str
+    """The varied keys of data, model and evaluation; empty where the suite has one task."""
+    runs: tuple[Run, ...]
+
+    @property
+    def label(self) -> str:
+        """Name and task in one."""
+        return f"{self.name} · {self.task}" if self.task else self.name
+
+    @property
+    def results(self) -> tuple[dict[str, Any], ...]:
+        """The runs' results."""
+        return tuple(run.result for run in self.runs)
+
+    def spread(self, path: str) -> Spread | None:
+        """The spread over the runs of the number at ``path`` in their results."""
+        return spread(lookup(result, path) for result in self.results)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Flat:
+    """Nested settings as dotted keys; a list becomes a tuple, so that it can be compared."""
+    flat: Flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = tuple(value) if isinstance(value, list) else value
+    return flat
+
+
+def is_seed(key: str) -> bool:
+    """Whether ``key`` is a seed, or a name made from it, and thus no difference between methods."""
+    return key == "name" or key.rpartition(".")[2] == "seed"
+
+
+def settings_of(run: Run) -> Flat:
+    """The run's settings without seeds; the algorithm's name is there even where the file left it out."""
+    flat = {key: value for key, value in flatten(run.result["settings"]).items() if not is_seed(key)}
+    flat.setdefault(_ALGORITHM, run.result["method"])
+    return flat
+
+
+def varied_keys(all_settings: Sequence[Flat]) -> tuple[str, ...]:
+    """The keys whose values are not the same everywhere (absent is a value), in order of appearance."""
+    keys = dict.fromkeys(key for settings in all_settings for key in settings)
+    return tuple(key for key in keys if len({_frozen(settings, key) for settings in all_settings}) > 1)
+
+
+def _frozen(settings: Flat, key: str) -> str:
+    return repr(settings[key]) if key in settings else "absent"
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """Each key's shortest ending that no other key has; a section's ``name`` keeps its section."""
+    parts = {key: tuple(key.split(".")) for key in keys}
+    names = {}
+    for key, path in parts.items():
+        length = 2 if path[-1] in {"name", "kind"} and len(path) > 1 else 1
+        while length < len(path) and sum(other[-length:] == path[-length:] for other in parts.values()) > 1:
+            length += 1
+        names[key] = ".".join(path[-length:])
+    return names
+
+
+def value_text(value: Any) -> str:
+    """A setting as it reads in TOML, strings without quotes."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple):
+        return " + ".join(value_text(part) for part in value) or "none"
+    return "none" if value in (None, "") else str(value)
+
+
+def methods_of(runs: Sequence[Run]) -> tuple[Method, ...]:
+    """The runs as methods: by task in order of appearance, within it the best mean ROUGE-L first."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(repr(sorted(settings_of(run).items(), key=lambda item: item[0])), []).append(run)
+    grouped = [sorted(group, key=lambda run: (run.seed, run.name)) for group in groups.values()]
+    methods = _label([settings_of(group[0]) for group in grouped], grouped)
+    tasks = list(dict.fromkeys(method.task for method in methods))
+    return tuple(sorted(methods, key=lambda method: (tasks.index(method.task), *_rank(method))))
+
+
+def _rank(method: Method) -> tuple[float, float, str]:
+    score, loss = method.spread("mean.rougeL_after"), method.spread("mean.loss_after")
+    return (-score.mean if score else 1.0, loss.mean if loss else float("inf"), method.name)
+
+
+def _label(all_settings: list[Flat], groups: list[list[Run]]) -> list[Method]:
+    names = short_names(dict.fromkeys(key for settings in all_settings for key in settings))
+    varied = varied_keys(all_settings)
+    task_keys = [key for key in varied if key.partition(".")[0] in _TASK_SECTIONS]
+    methods = []
+    for settings, group in zip(all_settings, groups, strict=True):
+        same = [other for other in all_settings if other[_ALGORITHM] == settings[_ALGORITHM]]
+        own = [key for key in varied_keys(same) if key not in task_keys]
+        name = " ".join([str(settings[_ALGORITHM]), *_pairs(settings, own, names)])
+        task = " ".join(_pairs(settings, task_keys, names))
+        methods.append(Method(name=name, task=task, runs=tuple(group)))
+    return methods
+
+
+def _pairs(settings: Flat, keys: Iterable[str], names: Mapping[str, str]) -> list[str]:
+    return [f"{names[key]}={value_text(settings[key])}" for key in keys if key in settings]
+
+
+def tasks_of(methods: Sequence[Method]) -> dict[str, list[Method]]:
+    """Methods by task, both in order."""
+    tasks: dict[str, list[Method]] = {}
+    for method in methods:
+        tasks.setdefault(method.task, []).append(method)
+    return tasks

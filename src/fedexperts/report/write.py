@@ -1,0 +1,32 @@
+"""The one call that makes a report."""
+
+from pathlib import Path
+
+from fedexperts.errors import UserError
+from fedexperts.report.content import content_of
+from fedexperts.report.markdown import markdown
+from fedexperts.report.page import page
+from fedexperts.report.reading import read_suite
+from fedexperts.run_directory import write_atomically
+
+
+def write_report(directory: Path) -> tuple[Path, Path]:
+    """Write ``report.html`` and ``REPORT.md`` into a run or suite directory, and return both paths.
+
+    Everything is read from the run directories, so that the same directories give the same bytes. Runs of a
+    suite that have not finished are listed with how far they came. Raises UserError where ``directory`` is
+    neither, where nothing in it has finished, or where a result is of another schema version.
+    """
+    directory = Path(directory)
+    content = content_of(read_suite(directory))
+    paths = directory / "report.html", directory / "REPORT.md"
+    for path, text in zip(paths, (page(content), markdown(content)), strict=True):
+        _write(path, text)
+    return paths
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
