@@ -27,6 +27,7 @@ from fedexperts.federation.scoring import ADAPTED
 from fedexperts.models.adapters import AdapterSettings, add_lora, load_adapter, remove_lora, save_adapter
 from fedexperts.models.load import ModelSettings, load_model
 from fedexperts.moe.graft import GraftForm, graft
+from fedexperts.moe.seam import addition_name
 from fedexperts.run_directory import RunDirectory, read_json, write_json
 from fedexperts.tensors import Tensors
 from fedexperts.workbench import build_parts
@@ -88,8 +89,9 @@ def _split(tensors: Tensors) -> _Own:
 
 
 def _put_in(parts: ModelParts, own: _Own, form: GraftForm, seed: int) -> None:
-    if own.chosen:
-        graft(parts.layers, own.chosen, form, seed)
+    names = tuple(own.grafts)
+    layers = [layer for layer in parts.layers if any(n.startswith(f"{addition_name(layer)}.") for n in names)]
+    graft(layers, own.chosen, form, seed)
     load_tensors(parts.model, own.shared | own.grafts)
 
 

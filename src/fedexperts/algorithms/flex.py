@@ -22,6 +22,7 @@ from fedexperts.moe import graft as grafting
 from fedexperts.moe import seam
 from fedexperts.moe.graft import GateMeter, GraftForm
 from fedexperts.moe.reconstruct import choose_experts, reconstruction_losses
+from fedexperts.moe.seam import MoeLayer
 from fedexperts.tensors import Tensors
 
 CHOSEN = "chosen_experts"
@@ -40,6 +41,8 @@ class Flex:
     """Learning rate of the gate as a multiple of ``training.lr``."""
     calibration_examples: int = 128
     """Training examples, at most, that the copied expert is chosen by (reading 4)."""
+    layers: tuple[int, ...] = ()
+    """MoE layers that get a graft, counted from 0; empty takes all, as the paper does."""
 
     def __post_init__(self) -> None:
         """Refuse numbers outside their range."""
@@ -48,10 +51,20 @@ class Flex:
                 raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.calibration_examples < 1:
             raise UserError(f"calibration_examples must be at least 1, not {self.calibration_examples}")
+        if len(set(self.layers)) < len(self.layers):
+            raise UserError(f"layers must not name a layer twice, but is {list(self.layers)}")
 
     def upload_names(self, parts: ModelParts) -> tuple[str, ...]:
         """LoRA of the non-expert parameters, never an expert."""
         return parts.lora_names
+
+    def _layers(self, parts: ModelParts) -> tuple[MoeLayer, ...]:
+        for index in self.layers:
+            if not 0 <= index < len(parts.layers):
+                raise UserError(
+                    f"algorithm.layers has {index}: the MoE layers are 0 to {len(parts.layers) - 1}"
+                )
+        return tuple(layer for layer in parts.layers if not self.layers or layer.index in self.layers)
 
     def personal_names(self, parts: ModelParts) -> tuple[str, ...]:
         """Parameters of the grafts now in the model."""
@@ -60,7 +73,7 @@ class Flex:
 
     def blank_personal(self, parts: ModelParts) -> Tensors:
         """Expert 0 chosen everywhere: grafts are of one size whichever is copied."""
-        return {CHOSEN: torch.zeros(len(parts.layers), dtype=torch.int64)}
+        return {CHOSEN: torch.zeros(len(self._layers(parts)), dtype=torch.int64)}
 
     def init(self, parts: ModelParts) -> ServerState:
         """LoRA's start."""
@@ -75,7 +88,7 @@ class Flex:
         parts = client.parts
         if not personal:
             personal = {CHOSEN: self._choose(client)}
-        names = grafting.graft(parts.layers, personal[CHOSEN].tolist(), self.graft, client.seed)
+        names = grafting.graft(self._layers(parts), personal[CHOSEN].tolist(), self.graft, client.seed)
         load_tensors(parts.model, tensors)
         load_tensors(parts.model, {name: personal[name] for name in names if name in personal})
         return personal | current(parts.model, names)
@@ -83,7 +96,7 @@ class Flex:
     def _choose(self, client: Client) -> Tensor:
         """Eq. 4 on the pretrained model: LoRA's B is still zero here, whatever has been averaged since."""
         batches = client.calibration_batches(self.calibration_examples)
-        losses = reconstruction_losses(client.parts.model, client.parts.layers, batches)
+        losses = reconstruction_losses(client.parts.model, self._layers(client.parts), batches)
         return torch.tensor(choose_experts(losses), dtype=torch.int64)
 
     def client_update(
@@ -92,11 +105,11 @@ class Flex:
         """Train LoRA, graft and gate together; send LoRA, keep the rest."""
         personal = self.install(client, personal, tensors)
         parts, own = client.parts, self.personal_names(client.parts)
-        meter = GateMeter(parts.layers)
-        with seam.watch_experts(parts.layers, meter.see):
+        meter, layers = GateMeter(), self._layers(parts)
+        with seam.watch_experts(layers, meter.see):
             result = self._train(client, personal, own)
         upload = upload_of(client, parts.lora_names, tensors, result.metrics())
-        for index, openness in enumerate(meter.means()):
+        for index, openness in meter.means().items():
             upload.metrics[f"gate_mean.{index}"] = openness
         kept = {CHOSEN: personal[CHOSEN]} | current(parts.model, own) | result.moments
         return upload, kept

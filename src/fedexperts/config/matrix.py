@@ -23,7 +23,7 @@ from fedexperts.config.toml import (
 from fedexperts.errors import UserError
 
 SEED = "seed"
-_KEYS = ("base", "matrix", "variant", "search")
+_KEYS = ("base", "set", "matrix", "variant", "search")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -91,14 +91,18 @@ def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:
     search, grid = _search(table.get("search"), file)
     texts = split_overrides(overrides)
     _refuse_double(matrix, variants, grid, texts, file)
-    base = _base(table.get("base", {}), path)
+    base = overridden(_base(table.get("base", {}), path), _settings(table.get("set", {}), f"{file}: set"))
     settled = overridden(base, {key: parse_value(text) for key, text in texts.items()})
     suite = Suite(
         name=path.stem if path.stem != "suite" else path.resolve().parent.name,
         file=file,
         base=base,
         overrides=tuple(overrides),
-        resolved={**table, "base": settled, **({"matrix": matrix} if matrix else {})},
+        resolved={
+            **{key: value for key, value in table.items() if key != "set"},
+            "base": settled,
+            **({"matrix": matrix} if matrix else {}),
+        },
         runs=tuple(_runs(matrix, variants)),
         search=search,
         grid=grid,
@@ -122,6 +126,13 @@ def varied_label(values: Mapping[str, Any]) -> str:
 def _short(key: str) -> str:
     section, _, last = key.rpartition(".")
     return section.rpartition(".")[2] if last in ("name", "kind") and section else last
+
+
+def _settings(values: Any, where: str) -> Table:
+    """What ``[set]`` lays over the base, by full key."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} must be a table of settings by full key, not {render_value(values)}")
+    return flattened(values)
 
 
 def _base(base: Any, path: Path) -> Table:

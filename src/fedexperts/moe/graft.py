@@ -104,11 +104,15 @@ def graft(layers: Sequence[MoeLayer], chosen: Sequence[int], form: GraftForm, se
     Raises:
         UserError: a chosen index is not an expert of its layer.
     """
+    # All are made before one is added, so that a mistake leaves the model as it was.
+    made = [
+        GraftedExpert(layer, expert, form, derive_seed(seed, "graft", layer.index))
+        for layer, expert in zip(layers, chosen, strict=True)
+    ]
     names: list[str] = []
-    for layer, expert in zip(layers, chosen, strict=True):
-        grafted = GraftedExpert(layer, expert, form, derive_seed(seed, "graft", layer.index))
-        seam.add_to_layer(layer, grafted.to(next(layer.experts.parameters()).device))
-        names += [f"{seam.addition_name(layer)}.{name}" for name, _ in grafted.named_parameters()]
+    for layer, one in zip(layers, made, strict=True):
+        seam.add_to_layer(layer, one.to(next(layer.experts.parameters()).device))
+        names += [f"{seam.addition_name(layer)}.{name}" for name, _ in one.named_parameters()]
     return tuple(names)
 
 
@@ -134,21 +138,21 @@ def grafted(
 class GateMeter:
     """Mean openness of each layer's gate over the tokens seen while it watches."""
 
-    def __init__(self, layers: Sequence[MoeLayer]) -> None:
+    def __init__(self) -> None:
         """Nothing seen yet."""
-        self._layers = layers
-        self._sum = [0.0] * len(layers)
-        self._num_tokens = [0] * len(layers)
+        self._sum: dict[int, float] = {}
+        self._num_tokens: dict[int, int] = {}
 
     def see(self, layer: MoeLayer, hidden_TD: Tensor, *_: Tensor) -> None:
         """Add one layer's tokens; give this to :func:`fedexperts.moe.seam.watch_experts`."""
         with torch.no_grad():
-            self._sum[layer.index] += float(seam.addition_of(layer).openness(hidden_TD).float().sum())
-        self._num_tokens[layer.index] += hidden_TD.shape[0]
+            opened = float(seam.addition_of(layer).openness(hidden_TD).float().sum())
+        self._sum[layer.index] = self._sum.get(layer.index, 0.0) + opened
+        self._num_tokens[layer.index] = self._num_tokens.get(layer.index, 0) + hidden_TD.shape[0]
 
-    def means(self) -> list[float]:
-        """Mean openness by layer, from 0 (closed) to 1."""
-        return [total / max(count, 1) for total, count in zip(self._sum, self._num_tokens, strict=True)]
+    def means(self) -> dict[int, float]:
+        """Mean openness by layer seen, from 0 (closed) to 1."""
+        return {index: total / self._num_tokens[index] for index, total in self._sum.items()}
 
 
 def names_of_kind(names: Mapping[str, Any] | Sequence[str], *, is_gate: bool) -> tuple[str, ...]:

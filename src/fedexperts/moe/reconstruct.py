@@ -22,7 +22,7 @@ from fedexperts.moe.seam import MoeLayer
 
 class _Losses:
     def __init__(self, layers: Sequence[MoeLayer]) -> None:
-        self.loss_LE = [torch.zeros(layer.num_experts, dtype=torch.float64) for layer in layers]
+        self.loss_E = {layer.index: torch.zeros(layer.num_experts, dtype=torch.float64) for layer in layers}
         self.is_token_T: Tensor | None = None
 
     def see(self, layer: MoeLayer, hidden_TD: Tensor, *routing: Tensor) -> None:
@@ -33,7 +33,7 @@ class _Losses:
         for expert in range(layer.num_experts):
             output_TD = seam.run_expert(layer.experts, inputs_TD, layer.expert(expert))
             distance = torch.linalg.vector_norm(target_TD - output_TD.double())
-            self.loss_LE[layer.index][expert] += float(distance)
+            self.loss_E[layer.index][expert] += float(distance)
 
 
 @torch.no_grad()
@@ -62,10 +62,10 @@ def reconstruction_losses(
             num_batches += 1
     if num_batches == 0:
         raise UserError("no calibration batch to choose experts by: the client has no training example")
-    for layer, loss_E in zip(layers, losses.loss_LE, strict=True):
-        if not torch.isfinite(loss_E).all():
+    for layer in layers:
+        if not torch.isfinite(losses.loss_E[layer.index]).all():
             raise UserError(f"reconstruction loss of layer {layer.name} is not finite: check its weights")
-    return losses.loss_LE
+    return [losses.loss_E[layer.index] for layer in layers]
 
 
 def choose_experts(losses: Sequence[Tensor]) -> list[int]:

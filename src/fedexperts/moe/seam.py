@@ -123,7 +123,8 @@ def find_moe_layers(model: nn.Module) -> tuple[MoeLayer, ...]:
 
 def _why_unsupported(model: nn.Module) -> str:
     kind = type(model).__name__
-    suspects = sorted({type(m).__name__ for m in model.modules() if "Experts" in type(m).__name__})
+    kinds = {type(module).__name__ for module in model.modules()}
+    suspects = sorted(name for name in kinds if "Experts" in name or name.endswith("MoE"))
     if suspects:
         return (
             f"model class {kind} is not supported: its experts ({', '.join(suspects)}) are not called "
