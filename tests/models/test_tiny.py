@@ -1,5 +1,8 @@
 """Tiny models: the same for the same seed, and of the family that was asked for."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -51,3 +54,10 @@ def test_overrides_reach_the_configuration() -> None:
 def test_unknown_family_is_refused_with_those_that_are_known() -> None:
     with pytest.raises(UserError, match='no tiny model of family "llama"; it must be one of afmoe, '):
         tiny_model("llama")
+
+
+def test_documentation_lists_the_families() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    table = re.findall(r"^\| `(\w+)` \| `\w+ForCausalLM` \|", text, flags=re.MULTILINE)
+    assert tuple(table) == FAMILIES
+    assert f"There are {len(FAMILIES)}." in text

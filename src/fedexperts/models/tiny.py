@@ -86,6 +86,15 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "exaone_moe": _ALL_SPARSE,
     "flex_olmo": {},
     "flint": {},
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "global_head_dim": 8,
+        "num_global_key_value_heads": 2,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 128,
+    },
     "glm4_moe": {"num_hidden_layers": 3, "first_k_dense_replace": 1},
     "glm4_moe_lite": _LATENT_ATTENTION | _ALL_SPARSE,
     "glm_moe_dsa": _LATENT_ATTENTION | _ALL_SPARSE | _INDEXED,
@@ -134,6 +143,15 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": _GATED_DELTA,
     "qwen3_moe": {},
     "qwen3_next": _GATED_DELTA,
+    "qwen4_exp_text": _GATED_DELTA
+    | {
+        "hc_lowrank": 8,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+    },
     "solar_open": {},
 }
 
@@ -155,7 +173,8 @@ def tiny_model(
     if family not in _FAMILIES:
         raise UserError(f'no tiny model of family "{family}"; it must be one of {", ".join(FAMILIES)}')
     defaults = AutoConfig.for_model(family)
-    small = {name: value for name, value in _SMALL.items() if hasattr(defaults, name)}
+    known = {*defaults.to_dict(), *defaults.attribute_map}
+    small = {name: value for name, value in _SMALL.items() if name in known}
     config = AutoConfig.for_model(family, **(small | _FAMILIES[family] | overrides))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
