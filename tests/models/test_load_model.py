@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedexperts.errors import UserError
 from fedexperts.models import load
-from fedexperts.models.load import ModelSettings, embedded_folder, load_model
+from fedexperts.models.load import ModelSettings, load_model
 from fedexperts.models.tiny import tiny_model
 from fedexperts.tensors import sha256_of
 
