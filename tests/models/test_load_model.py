@@ -88,9 +88,6 @@ def test_random_model_has_the_shipped_tokenizers_vocabulary(
     assert sha256_of(other) != sha256_of(again)
 
 
-@pytest.mark.skipif(
-    not (embedded_folder() / "config.json").is_file(), reason="the shipped checkpoint is not built yet"
-)
 def test_default_is_the_shipped_checkpoint() -> None:
     loaded = load_model(ModelSettings(device="cpu"), 0)
     assert loaded.name == "tinyworld"
