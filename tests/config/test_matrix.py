@@ -83,6 +83,17 @@ def test_overrides_lie_over_the_base_and_are_kept_in_the_resolved_suite(tmp_path
     assert again.runs == suite.runs
 
 
+def test_set_lies_over_a_base_file_and_below_overrides(tmp_path):
+    (tmp_path / "flex.toml").write_text("rounds = 7\nthreads = 1\n[algorithm]\nname = 'flex'\n")
+    text = 'base = "../flex.toml"\n[set]\nrounds = 8\n"training.lr" = 0.5\n'
+    for overrides, rounds in (((), 8), (("rounds=9",), 9)):
+        suite = suite_of(tmp_path, text, *overrides)
+        config = suite.config("", suite.runs[0].values)
+        assert (config.rounds, config.threads, config.training.lr) == (rounds, 1, 0.5)
+        assert suite.resolved["base"]["rounds"] == rounds
+        assert "set" not in suite.resolved
+
+
 def test_names_are_fit_for_folders_and_tell_runs_apart(tmp_path):
     text = BASE + (
         "[base.algorithm]\nname = 'flex'\n[matrix]\n"
@@ -113,7 +124,10 @@ def test_a_search_has_the_product_of_its_grid(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("bsae = 1", "suite.toml: bsae is not part of a suite; allowed here: base, matrix, variant, search"),
+        (
+            "bsae = 1",
+            "suite.toml: bsae is not part of a suite; allowed here: base, set, matrix, variant, search",
+        ),
         ("base = 1", "suite.toml: base must be the path of an experiment file or a section, not 1"),
         ("base = 'no.toml'", "no.toml: there is no such file"),
         ("matrix = 1", "suite.toml: matrix must be a section of lists, not 1"),
@@ -132,6 +146,10 @@ def test_a_search_has_the_product_of_its_grid(tmp_path):
         (
             "[matrix]\nrounds = [1]\n[[variant]]\nname = 'a'\nrounds = 2",
             "suite.toml: rounds is set both in [matrix] and in a [[variant]]; it must be in one of them",
+        ),
+        (
+            "[set]\nrounds = 1\n[matrix]\nrounds = [1]",
+            "suite.toml: rounds is set both in [matrix] and in [set]; it must be in one of them",
         ),
         (
             "[matrix]\nseed = [0]\n[search]\nseeds = [1]\nmetric = 'validation_loss_after'",

@@ -24,6 +24,7 @@ from fedexperts.errors import UserError
 
 SEED = "seed"
 _KEYS = ("base", "set", "matrix", "variant", "search")
+_CLI = "the command line"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -90,8 +91,11 @@ def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:
     variants = _variants(table.get("variant", []), file)
     search, grid = _search(table.get("search"), file)
     texts = split_overrides(overrides)
-    _refuse_double(matrix, variants, grid, texts, file)
-    base = overridden(_base(table.get("base", {}), path), _settings(table.get("set", {}), f"{file}: set"))
+    settings = _settings(table.get("set", {}), f"{file}: set")
+    _refuse_double(
+        matrix, variants, grid, {**dict.fromkeys(settings, "[set]"), **dict.fromkeys(texts, _CLI)}, file
+    )
+    base = overridden(_base(table.get("base", {}), path), settings)
     settled = overridden(base, {key: parse_value(text) for key, text in texts.items()})
     suite = Suite(
         name=path.stem if path.stem != "suite" else path.resolve().parent.name,
@@ -198,16 +202,19 @@ def _refuse_double(
     matrix: Mapping[str, Any],
     variants: Mapping[str, Table],
     grid: Sequence[Mapping[str, Any]],
-    overrides: Mapping[str, str],
+    below: Mapping[str, str],
     file: str,
 ) -> None:
-    """Every key is set in one place, or one of the two settings would have no effect."""
+    """What runs differ in is set in one place, or one of the two settings would have no effect.
+
+    ``below`` gives the keys that all runs share, with the place where they are set.
+    """
     places = [(key, "[matrix]") for key in matrix]
     places += [
         (key, "a [[variant]]") for key in dict.fromkeys(key for one in variants.values() for key in one)
     ]
     places += [(key, "[search.grid]") for key in (grid[0] if grid else {})]
-    places += [(key, "the command line") for key in overrides]
+    places += below.items()
     seen: dict[str, str] = {}
     for key, place in places:
         if key in seen:

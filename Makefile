@@ -1,0 +1,50 @@
+# Everything a stranger needs: `make demo` to see it work, `make test` to check it. Python 3.11+, git and make.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# PyPI's torch for Linux brings gigabytes of CUDA; where there is no NVIDIA card the CPU build is taken instead.
+# `make TORCH_INDEX= ...` takes what PyPI has.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+
+.PHONY: help demo test test-all check bench clean
+
+help:  ## Show this help.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.installed  ## FLEx, FedAvg and local-only on the embedded world: table and report (minutes).
+	$(BIN)/fedexperts compare experiments/demo/suite.toml --to runs/demo
+
+test: $(VENV)/.installed-dev  ## The fast tests.
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed-dev  ## The fast and the slow tests.
+	$(BIN)/python -m pytest -m "not gpu" --timeout 1200
+
+check: $(VENV)/.installed-dev  ## Format, lint and types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev  ## Speed against the transformers Trainer, the machine's roof and the usual recipe.
+	$(PIP) --editable '.[bench]'
+	$(BIN)/python -m benchmarks
+
+clean:  ## Remove the environment, the demo's runs and caches; other runs stay.
+	rm -rf $(VENV) runs/demo build dist .mypy_cache .ruff_cache .pytest_cache src/*.egg-info
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer is found; name one: make PYTHON=... $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev,flower,hub]'
+	@touch $@
