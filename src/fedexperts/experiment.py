@@ -53,6 +53,14 @@ def run_experiment(
     """
     run = RunDirectory(run_directory)
     run.create(resume=resume)
+    try:
+        return _run_in(run, config, progress, resume=resume)
+    except UserError:
+        run.remove_unstarted()
+        raise
+
+
+def _run_in(run: RunDirectory, config: RunConfig, progress: Progress, *, resume: bool) -> dict[str, Any]:
     with run.lock():
         if resume:
             refuse_other_config(run, config)

@@ -197,7 +197,7 @@ def _moments_of(
 def _training_mode(model: Any, settings: TrainingSettings) -> Iterator[None]:
     model.train()
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpointing(model, "enable", {"use_reentrant": False})
     old = getattr(model, "router_aux_loss_coef", None)
     if settings.router_aux_loss:
         if old is None:
@@ -212,8 +212,14 @@ def _training_mode(model: Any, settings: TrainingSettings) -> Iterator[None]:
         if old is not None:
             model.router_aux_loss_coef = old
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            _checkpointing(model, "disable")
         model.eval()
+
+
+def _checkpointing(model: Any, verb: str, *arguments: Any) -> None:
+    """Late releases of transformers 5 call it activation checkpointing, and warn of the old name."""
+    new = getattr(model, f"activation_checkpointing_{verb}", None)
+    (new or getattr(model, f"gradient_checkpointing_{verb}"))(*arguments)
 
 
 def _backward(model: Any, batch: Batch, router_aux_loss: float) -> float:

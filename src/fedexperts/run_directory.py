@@ -142,6 +142,14 @@ class RunDirectory:
             )
         self.path.mkdir(parents=True, exist_ok=True)
 
+    def remove_unstarted(self) -> None:
+        """Take away a folder in which nothing has begun, so that a corrected run can have its name."""
+        own = {path.name for path in (self.config, self.environment)} | {".lock"}
+        if {path.name for path in self.path.iterdir()} <= own:
+            for name in own:
+                (self.path / name).unlink(missing_ok=True)
+            self.path.rmdir()
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for this process; the operating system releases the lock however the process ends.

@@ -172,6 +172,12 @@ def test_a_folder_in_use_is_refused(make_config, tmp_path, quiet):
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
 
 
+def test_a_run_that_cannot_start_leaves_no_folder(make_config, tmp_path, quiet):
+    with pytest.raises(UserError, match="there is no such folder"):
+        run_experiment(make_config("flex", f"model.name={tmp_path}/none"), tmp_path / "run", progress=quiet)
+    assert not (tmp_path / "run").exists()
+
+
 def _break_one_client(monkeypatch, client_id):
     import fedexperts.federation.runtime as runtime
 
