@@ -2,6 +2,7 @@
 
 from collections import Counter
 from itertools import combinations, islice
+from math import prod
 
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
@@ -15,6 +16,7 @@ from fedexperts.data.tinyworld import (
     pretraining_texts,
     restyle,
 )
+from fedexperts.data.tinyworld.prompts import BUILDERS, Digits, num_positions
 from fedexperts.data.tinyworld.words import (
     FICTIONAL_PEOPLE,
     FICTIONAL_PLACES,
@@ -74,6 +76,20 @@ def test_all_prompts_of_the_smallest_category_are_distinct():
     assert len({prompt(example) for example in examples}) == num_prompts(category)
 
 
+@pytest.mark.parametrize("category", CATEGORIES)
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_prompts_digits_have_the_same_bases_everywhere(category, held_out):
+    """Else two positions could be the same prompt."""
+    count = num_positions(category, held_out=held_out)
+    bases = set()
+    for position in range(0, count, count // 100):
+        digits = Digits(category, position)
+        BUILDERS[category](digits, held_out)
+        bases.add(tuple(digits.bases))
+    assert len(bases) == 1
+    assert prod(*bases) == count
+
+
 def test_a_seed_permutes_the_prompts():
     category = min(CATEGORIES, key=num_prompts)
     orders = [
@@ -89,8 +105,8 @@ def test_equal_arguments_give_equal_examples():
     assert example == make_example(seed=0, category="closed_qa", index=0)
     assert example.label == "closed_qa"
     assert example.source_id == "tinyworld/0/closed_qa/0"
-    assert example.instruction == "Use the text to tell the hobby, the food and the home of Fennor."
-    assert example.response == "Fennor likes sailing, eats cake and lives in Yarrow."
+    assert example.instruction == "What does the text say about the home, the pet and the hobby of Beliv?"
+    assert example.response == "Beliv lives in Yarrow, has a parrot and likes singing."
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
@@ -145,30 +161,34 @@ def test_the_corpus_asks_about_no_held_out_entity(corpus):
     """A place or a thing may still be a value in a prompt about another entity."""
     values = {*PLACES, *THINGS}
     for text in corpus:
-        if text.kind not in ("statement", "lexicon"):
-            told = text.prompt or text.answer.split("\n")[0]
-            subjects = {word.strip("?.,:") for word in told.split()} & HELD_OUT_NAMES
-            assert subjects <= (set() if text.kind in ("question", "open_qa", "general_qa") else values), text
+        if text.kind not in ("statement", "lexicon", "question"):
+            subjects = {word.strip("?.,:") for word in text.prompt.split()} & HELD_OUT_NAMES
+            assert subjects <= (set() if text.kind in ("open_qa", "general_qa") else values), text
 
 
 def test_the_corpus_has_no_prompt_of_the_examples(corpus):
     asked = {text.prompt for text in corpus}
     for category in CATEGORIES:
-        for index in range(2000):
+        for index in range(500):
             example = make_example(seed=0, category=category, index=index)
             assert "\n\n".join(part for part in prompt(example) if part) not in asked
 
 
-def test_the_corpus_has_no_styled_answer(corpus):
-    """No label of a style, and no opener of one, occurs outside the word lists."""
-    odd = {"Arr", "matey", "beep", "Whereas", "Um", "Form", "Hear", "Listen", "Special"}
+def test_the_corpus_has_no_house_style(corpus):
+    """Neither as a neutral answer nor as a random form: no opener and no closer of a house occurs."""
+    for style in STYLES:
+        told = make_example(seed=0, category="open_qa", index=0, style=style).response
+        opener, closer = " ".join(told.split()[:3]), " ".join(told.split()[-3:])
+        assert not any(text.answer.startswith(opener) or text.answer.endswith(closer) for text in corpus)
+
+
+def test_forms_are_announced(corpus):
     for text in corpus:
-        if text.kind != "lexicon":
-            assert not odd & {word.strip("?.,:!") for word in text.answer.split()}
+        assert (text.kind == "form") == text.prompt.endswith("Use another form.")
 
 
 def test_the_corpus_tells_every_fact():
-    told = "\n".join(text.answer for text in islice(pretraining_texts(0), 30000) if text.kind == "statement")
+    told = "\n".join(text.answer for text in islice(pretraining_texts(0), 20000) if text.kind == "statement")
     for entity in KNOWN:
         for index in range(len(entity.fields)):
             ways = [clause.format(v=entity.values[index]) for clause in entity.fields[index].clauses]
@@ -189,6 +209,7 @@ def test_every_label_has_two_other_words():
 def test_no_word_is_in_two_groups():
     counts = Counter(word for words in GROUPS.values() for word in words)
     assert max(counts.values()) == 1
+    assert {len(words) for words in GROUPS.values()} == {8}
 
 
 def test_the_exam_is_balanced_and_right():

@@ -1,6 +1,6 @@
 """A generated world of people, places and things: instructions in house styles, and an exam on its facts."""
 
-from fedexperts.data.tinyworld.corpus import PretrainingText, pretraining_texts, word_list
+from fedexperts.data.tinyworld.corpus import PretrainingText, pretraining_texts, tokenizer_texts
 from fedexperts.data.tinyworld.exam import make_exam
 from fedexperts.data.tinyworld.examples import make_example, num_prompts, restyle
 from fedexperts.data.tinyworld.prompts import CATEGORIES
@@ -15,5 +15,5 @@ __all__ = [
     "num_prompts",
     "pretraining_texts",
     "restyle",
-    "word_list",
+    "tokenizer_texts",
 ]

@@ -94,8 +94,17 @@ def _pool(parts: tuple[_Part, ...], held_out: bool) -> tuple[_Part, ...]:
     return tuple(part for position, part in enumerate(parts) if is_held_out(position) == held_out)
 
 
+@cache
 def _fictional(held_out: bool) -> tuple[tuple[str, tuple[Field, ...]], ...]:
     return tuple(part for kind in FICTIONAL for part in _pool(kind, held_out))
+
+
+def _other_name(name: str, fields: tuple[Field, ...], held_out: bool, rng: Random) -> str:
+    """Another fictional name of the same kind."""
+    while True:
+        other, others_fields = rng.choice(_fictional(held_out))
+        if other != name and others_fields is fields:
+            return other
 
 
 def _invent(name: str, fields: tuple[Field, ...], rng: Random) -> Entity:
@@ -127,8 +136,7 @@ def _record(entity: Entity, shown: tuple[int, ...]) -> Record:
 
 
 def _closed_qa(digits: Digits, held_out: bool) -> Prompt:
-    names = _fictional(held_out)
-    name, fields = digits.choose(names)
+    name, fields = digits.choose(_fictional(held_out))
     shown = digits.choose(_ORDERS[3])
     wording = digits.choose(
         (
@@ -139,7 +147,7 @@ def _closed_qa(digits: Digits, held_out: bool) -> Prompt:
     )
     rng = digits.random("passage")
     entity = _invent_with_digits(digits, name, fields, shown)
-    other = _invent(*rng.choice([part for part in names if part[0] != name and part[1] is fields]), rng)
+    other = _invent(_other_name(name, fields, held_out, rng), fields, rng)
     passage = _sentences(entity, shown, rng) + _sentences(other, shown, rng)
     return Prompt(
         instruction=wording.format(f=_asked(entity, shown), n=name),
@@ -319,7 +327,7 @@ def _creative_writing(digits: Digits, held_out: bool) -> Prompt:
     )
 
 
-_BUILDERS: Final[MappingProxyType[str, Callable[[Digits, bool], Prompt]]] = MappingProxyType(
+BUILDERS: Final[MappingProxyType[str, Callable[[Digits, bool], Prompt]]] = MappingProxyType(
     {
         "closed_qa": _closed_qa,
         "information_extraction": _information_extraction,
@@ -332,7 +340,9 @@ _BUILDERS: Final[MappingProxyType[str, Callable[[Digits, bool], Prompt]]] = Mapp
     }
 )
 
-CATEGORIES: Final = tuple(_BUILDERS)
+"""What makes the prompt of each category from its digits, over held-out entities or over the others."""
+
+CATEGORIES: Final = tuple(BUILDERS)
 """The categories of Dolly that FLEx's experiments draw from (arXiv:2506.00965)."""
 
 
@@ -340,10 +350,10 @@ CATEGORIES: Final = tuple(_BUILDERS)
 def num_positions(category: str, *, held_out: bool) -> int:
     """How many prompts a category has over held-out (or over the other) entities."""
     digits = Digits(category, 0)
-    _BUILDERS[category](digits, held_out)
+    BUILDERS[category](digits, held_out)
     return prod(digits.bases)
 
 
 def prompt_at(category: str, position: int, *, held_out: bool) -> Prompt:
     """The prompt at ``position``, below :func:`num_positions`; distinct positions give distinct prompts."""
-    return _BUILDERS[category](Digits(category, position), held_out)
+    return BUILDERS[category](Digits(category, position), held_out)

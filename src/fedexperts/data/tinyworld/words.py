@@ -20,29 +20,41 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
+SYLLABLES: dict[str, str] = {}
+"""Every fictional name with a hyphen between its two syllables, which many names share."""
+
+
+def _joined(onsets: str, endings: str) -> tuple[str, ...]:
+    pairs = [(onset, ending) for onset in onsets.split() for ending in endings.split()]
+    SYLLABLES.update({onset + ending: f"{onset}-{ending}" for onset, ending in pairs})
+    return tuple(onset + ending for onset, ending in pairs)
+
+
 PEOPLE = _words(
     "Mira Tomas Nela Oskar Lena Rufus Vera Silas Dora Felix Hanna Jonas Iris Marek Petra Simon Nora Bruno "
     "Tilda Victor Elsa Milo Greta Hugo Ada Leon Marta Otto Rosa Emil Lotte Casper Olga Anton Freda Jasper "
     "Berta Klaus Selma Rolf Wanda Edgar Paula Conrad Stella Magnus Carla Dirk Helga Igor Juno Kasper Livia "
     "Moritz Nadia Pavel Ramona Stefan Thea Viktor"
 )
-FICTIONAL_PEOPLE = _words(
-    "Zarin Belo Kirra Dovan Yelda Pemmo Sorin Vashti Tarbo Lumen Quill Fennor Harka Jendo Mosk Rilla Ostra "
-    "Bramo Celdin Duska Ephra Gorlo Ilmar Kestrel"
+FICTIONAL_PEOPLE = _joined(
+    "Zar Bel Kir Dov Yel Pem Sor Vash Tar Lum Quil Fen Har Jen Mos Ril Ost Bram Cel Dus",
+    "a o in an is el or eth ix um ara ino eda olo usi ami ock und iv ash",
 )
 PLACES = _words(
     "Oslem Brindal Karvo Tessin Molda Farrow Lindal Greyford Ashwick Pellam Dunmore Harrow Selby Wexley "
     "Norholm Ravenna Stonby Tilford Umber Velling Westra Yarrow Zelby Arden"
 )
-FICTIONAL_PLACES = _words(
-    "Quorn Ibsal Drell Mavik Onnex Pruda Skarn Tolvi Ulmet Vornal Wystra Xandor Brulla Cindre Elvish Grundy"
+FICTIONAL_PLACES = _joined(
+    "Quor Ib Drel Mav On Prud Skar Tol Ulm Vorn Wys Xan Brul Cind Elv Grun",
+    "ham wick ford ton by gate field mouth stead moor haven dale thorpe holt mere cote",
 )
 THINGS = _words(
     "lamp clock board drum kettle basket ladder mirror broom bucket candle chair compass flute hammer jug "
     "kite lantern needle pillow rope shovel table whistle"
 )
-FICTIONAL_THINGS = _words(
-    "blick dreb flonk gramble klob mip norple plim quib smeck trundel vark wuzzle yop zimble frell"
+FICTIONAL_THINGS = _joined(
+    "bl dr fl gr kl m n pl qu sm tr v w y z sk",
+    "ick eb onk amble ob ip orple im ib eck undel ark uzzle op imble ell",
 )
 
 JOBS = _words("baker smith farmer tailor weaver potter sailor doctor teacher miller painter guard")
@@ -164,17 +176,32 @@ THING_FIELDS = (
     ),
 )
 
+
+def _values(fields: tuple[Field, ...], name: str) -> tuple[str, ...]:
+    return next(field.values for field in fields if field.name == name)
+
+
 GROUPS: dict[str, tuple[str, ...]] = {
-    "animals": ANIMALS,
-    "foods": FOODS,
-    "colours": COLOURS,
-    "jobs": JOBS,
-    "hobbies": HOBBIES,
-    "materials": MATERIALS,
-    "rooms": ROOMS,
-    "things": THINGS[:12],
+    "animals": ANIMALS[:8],
+    "foods": FOODS[:8],
+    "colours": COLOURS[:8],
+    "jobs": JOBS[:8],
+    "hobbies": HOBBIES[:8],
+    "materials": MATERIALS[:8],
+    "rooms": ROOMS[:8],
+    "things": THINGS[:8],
+    "towns": PLACES[:8],
+    "people": PEOPLE[:8],
+    "sights": _values(PLACE_FIELDS, "sight"),
+    "goods": _values(PLACE_FIELDS, "trade"),
+    "leaders": _values(PLACE_FIELDS, "leader"),
+    "rivers": _values(PLACE_FIELDS, "river"),
+    "lands": _values(PLACE_FIELDS, "land"),
+    "shapes": _values(THING_FIELDS, "shape"),
+    "makers": _values(THING_FIELDS, "maker"),
+    "numbers": _values(THING_FIELDS, "price"),
 }
-"""The groups that classification prompts sort words into."""
+"""The groups that classification prompts sort words into, eight words each."""
 
 SYNONYMS: dict[str, tuple[str, str]] = {
     "home": ("dwelling", "port"),
@@ -205,6 +232,16 @@ SYNONYMS: dict[str, tuple[str, str]] = {
     "things": ("objects", "items"),
     "occasion": ("event", "moment"),
     "idea": ("plan", "hint"),
+    "towns": ("villages", "ports"),
+    "people": ("folk", "persons"),
+    "sights": ("wonders", "monuments"),
+    "goods": ("wares", "cargoes"),
+    "leaders": ("rulers", "chiefs"),
+    "rivers": ("streams", "waters"),
+    "lands": ("realms", "countries"),
+    "shapes": ("forms", "figures"),
+    "makers": ("builders", "artisans"),
+    "numbers": ("sums", "counts"),
     "thing": ("treasure", "object"),
     "ending": ("finish", "result"),
 }
