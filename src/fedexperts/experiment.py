@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,8 @@ class ServerRun:
     transport: Transport
     progress: Progress
     stopwatch: Stopwatch
+    unscored: list[dict[str, Any]] = field(default_factory=list)
+    """Failures of evaluations; those of rounds are in rounds.jsonl."""
 
     def run(self) -> dict[str, Any]:
         """All rounds that are left, the evaluation, and the result."""
@@ -140,6 +142,7 @@ class ServerRun:
                 exam_global=exam_global,
                 rounds=read_lines(self.directory.rounds),
                 clients=read_lines(self.directory.clients),
+                unscored=self.unscored,
                 labels=self.runtime.data.label_counts(),
                 parameters=parameters,
                 frozen_unchanged=frozen_same,
@@ -215,13 +218,21 @@ class ServerRun:
         downloads = federation.downloads(state, clients, state.round + 1, task)
         for done, delivery in enumerate(self.transport.exchange(downloads), start=1):
             if delivery.upload.failure:
-                raise UserError(f"evaluating client {delivery.client_id}: {delivery.upload.failure}")
-            scores[delivery.client_id] = {
-                "metrics": delivery.upload.metrics,
-                "report": delivery.upload.report,
-            }
+                self._miss(delivery.client_id, state.round, delivery.upload.failure)
+            else:
+                metrics, report = delivery.upload.metrics, delivery.upload.report
+                scores[delivery.client_id] = {"metrics": metrics, "report": report}
             self.progress.advance_phase(done, len(clients))
+        if not scores:
+            raise UserError(f"no client could be evaluated after round {state.round}")
         return scores
+
+    def _miss(self, client_id: str, round: int, reason: str) -> None:
+        """A client without scores is left out of the means, and named; or it stops the run."""
+        if self.config.cohort.on_failure == "stop":
+            raise UserError(f"evaluating client {client_id} after round {round}: {reason}")
+        logger.warning("client %s has no scores after round %d: %s", client_id, round, reason)
+        self.unscored.append({"round": round, "client": client_id, "reason": f"not evaluated: {reason}"})
 
     def _global_exam(self, state: ServerState) -> dict[str, Any]:
         """The exam of the server's model: what travels, and nothing personal."""

@@ -32,6 +32,8 @@ class ResultParts:
     rounds: Sequence[Json]
     clients: Sequence[Json]
     """Lines of clients.jsonl."""
+    unscored: Sequence[Json]
+    """Failures of evaluations."""
     labels: Mapping[str, Mapping[str, int]]
     """Examples by client and label; empty where the server cannot see them."""
     parameters: Mapping[str, int]
@@ -64,7 +66,7 @@ def build_result(parts: ResultParts) -> Json:
         },
         "parameters": dict(parts.parameters),
         "frozen_unchanged": parts.frozen_unchanged,
-        "failures": [failure for line in parts.rounds for failure in line["failures"]],
+        "failures": [failure for line in parts.rounds for failure in line["failures"]] + [*parts.unscored],
         "seconds": dict(parts.seconds),
     }
 

@@ -75,10 +75,12 @@ def build_parts(config: RunConfig) -> tuple[ModelParts, Any]:
 
 
 @contextmanager
-def open_workbench(config: RunConfig, stopwatch: Stopwatch) -> Iterator[Workbench]:
-    """Load data and model; the spooled examples are deleted at the end."""
+def open_workbench(
+    config: RunConfig, stopwatch: Stopwatch, *, data: FederatedData | None = None
+) -> Iterator[Workbench]:
+    """Load data, unless it is given, and model; the spooled examples are deleted at the end."""
     with stopwatch.phase("data"):
-        data = load_federated_data(config.data, config.seed)
+        data = load_federated_data(config.data, config.seed) if data is None else data
     with data:
         with stopwatch.phase("model"):
             parts, tokenizer = build_parts(config)

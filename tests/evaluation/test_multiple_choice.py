@@ -48,6 +48,14 @@ def test_the_likeliest_choice_is_taken(
     assert score_exam(model, format, questions, batch_size, normalise=not normalise).accuracy < 1.0
 
 
+def test_the_right_choice_may_be_listed_twice(model: PreTrainedModel, format: PromptFormat) -> None:
+    questions = [
+        replace(question, choices=(*CHOICES, CHOICES[question.answer]), answer=4)
+        for question in likeliest(model, format, normalise=False)
+    ]
+    assert score_exam(model, format, questions, 8).accuracy == 1.0
+
+
 def test_accuracy_is_also_told_by_subject(model: PreTrainedModel, format: PromptFormat) -> None:
     questions = likeliest(model, format, normalise=False)
     wrong = [replace(each, answer=(each.answer + 1) % 4, subject="wrong") for each in questions[:2]]

@@ -12,10 +12,11 @@ import torch
 
 from fedexperts.config.load import resolved_toml
 from fedexperts.errors import UserError
-from fedexperts.experiment import ServerRun, run_experiment
+from fedexperts.experiment import run_experiment
 from fedexperts.federation import rounds
 from fedexperts.federation.checkpoint import load_checkpoint
 from fedexperts.federation.personal import PersonalStore, read_tensors
+from fedexperts.federation.scoring import Scorer
 from fedexperts.local import NonFiniteLossError
 from fedexperts.run_directory import RunDirectory, read_json, read_lines
 
@@ -206,12 +207,34 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_client(make_config, tmp_p
 def test_with_continue_the_run_goes_on_without_the_failed_client(make_config, tmp_path, quiet, monkeypatch):
     config = make_config("fedavg", "cohort.on_failure=continue", "rounds=1")
     _break_one_client(monkeypatch, "client-001")
-    monkeypatch.setattr(ServerRun, "_evaluate", lambda *args: {})
-    with pytest.raises(Exception):  # noqa: B017, PT011 - no client was scored; only the round's record matters
-        run_experiment(config, tmp_path / "run", progress=quiet)
+    result = run_experiment(config, tmp_path / "run", progress=quiet)
+    failure = {"round": 1, "client": "client-001", "reason": "loss at local step 1 is nan"}
+    assert result["failures"] == [failure]
     line = read_lines(tmp_path / "run" / "rounds.jsonl")[0]
-    assert line["failures"] == [{"round": 1, "client": "client-001", "reason": "loss at local step 1 is nan"}]
-    assert line["num_failed"] == 1
+    assert (line["num_failed"], line["failures"]) == (1, [failure])
+    assert {record["client"] for record in read_lines(tmp_path / "run" / "clients.jsonl")} == {
+        "client-000",
+        "client-002",
+    }
+
+
+def test_with_continue_a_client_that_cannot_be_scored_is_left_out_and_named(
+    make_config, tmp_path, quiet, monkeypatch
+):
+    evaluate = Scorer.evaluate
+
+    def broken(self, client_id, download):
+        if client_id == "client-001" and download.task == "evaluate_fully":
+            raise NonFiniteLossError("loss at local step 1 is nan")
+        return evaluate(self, client_id, download)
+
+    monkeypatch.setattr(Scorer, "evaluate", broken)
+    config = make_config("fedavg", "cohort.on_failure=continue", "rounds=1")
+    result = run_experiment(config, tmp_path / "run", progress=quiet)
+    assert list(result["clients"]) == ["client-000", "client-002"]
+    assert result["failures"][0]["client"] == "client-001"
+    with pytest.raises(UserError, match="evaluating client client-001 after round 1"):
+        run_experiment(make_config("fedavg", "rounds=1"), tmp_path / "stopped", progress=quiet)
 
 
 def test_a_client_scores_its_own_model(make_config, tmp_path, quiet, monkeypatch):

@@ -85,7 +85,7 @@ def score_exam(
     """Accuracy of taking the choice with the largest log-likelihood as the response to the question.
 
     A choice's log-likelihood is the sum over its own tokens, EOS left out, as is usual for MMLU; with
-    ``normalise`` the mean. On a tie the first choice counts. ``batch_size`` is in sequences, one per choice.
+    ``normalise`` the mean. On a tie the first choice is taken; one that reads as the right one is right. ``batch_size`` is in sequences, one per choice.
 
     Raises:
         UserError: there is no question that fits ``data.max_tokens``, or a log-likelihood is not finite.
@@ -96,7 +96,8 @@ def score_exam(
         of_choices = [next(losses) for _ in question.choices]
         if None not in of_choices:
             best = min(range(len(of_choices)), key=lambda choice: of_choices[choice] or 0.0)
-            right.setdefault(question.subject, []).append(best == question.answer)
+            is_right = question.choices[best] == question.choices[question.answer]
+            right.setdefault(question.subject, []).append(is_right)
     scored = [is_right for each in right.values() for is_right in each]
     if not scored:
         raise UserError(
