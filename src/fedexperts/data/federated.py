@@ -37,6 +37,19 @@ class DataCounts:
     num_used: int
     """Examples that the clients have."""
 
+    def left_out(self) -> str:
+        """What was read and is not used, by reason; empty if nothing."""
+        reasons = {
+            "of other labels": self.source.num_other_label,
+            "without response": self.source.num_empty,
+            "duplicates": self.source.num_duplicates,
+            "over data.max_examples": self.source.num_over_limit,
+            "with no client": self.num_without_client,
+            "over the client's limit": self.num_over_client_limit,
+        }
+        told = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        return f"; left out: {told}" if told else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClientData:
@@ -144,7 +157,7 @@ def load_federated_data(settings: DataSettings, seed: int) -> FederatedData:
     ]
     pool.spool.close()
     counts = _count(pool, partition, num_used=sum(sum(client.sizes.values()) for client in clients))
-    _log.info("%d clients with %d examples: %s", len(clients), counts.num_used, counts)
+    _log.info("%d clients with %d examples%s", len(clients), counts.num_used, counts.left_out())
     return FederatedData(spool, clients, counts, label_names=pool.label_names)
 
 
