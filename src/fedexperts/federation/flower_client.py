@@ -1,0 +1,93 @@
+"""The Flower client app: one for every algorithm. It answers as the one client that its node is.
+
+A process keeps data and model for as long as it lives. In a simulation that is the run; a SuperNode starts a
+process for each message.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedexperts.config.load import build_config, config_sha256
+from fedexperts.costs import Stopwatch
+from fedexperts.errors import UserError
+from fedexperts.federation.flower_transport import IDENTIFY
+from fedexperts.federation.personal import PersonalStore
+from fedexperts.federation.runtime import ClientRuntime
+from fedexperts.federation.wire import pack, unpack
+from fedexperts.messages import Upload, decode_download, encode_upload
+from fedexperts.workbench import Workbench, open_workbench
+
+app = ClientApp()
+
+_open = ExitStack()
+"""Holds the workbench open until the process ends."""
+
+
+@app.train()  # type: ignore[untyped-decorator]
+def answer(message: Message, context: Context) -> Message:
+    """Do what the download asks; a fault of the user's is an answer too, any other is Flower's to report."""
+    try:
+        upload = _answer(unpack(message.content), context)
+    except UserError as error:
+        upload = Upload(failure=str(error))
+    return Message(pack(encode_upload(upload)), reply_to=message)
+
+
+def _answer(blob: bytes, context: Context) -> Upload:
+    download, experiment = decode_download(blob), str(context.run_config["experiment"])
+    folder, position = _personal_folder(context), _position(context.node_config)
+    bench = _workbench(experiment)
+    client_ids = bench.data.client_ids
+    if position >= len(client_ids):
+        raise UserError(f"partition-id is {position}, but the data has only {len(client_ids)} clients")
+    if download.task != IDENTIFY:
+        client_id = client_ids[position]
+        return _runtime(experiment, client_id, folder).handle(client_id, download)
+    if download.config_sha256 != config_sha256(bench.config):
+        raise UserError("was started from another configuration than the server's")
+    return Upload(
+        report={"client_id": client_ids[position], "position": position, "num_clients": len(client_ids)}
+    )
+
+
+@lru_cache(maxsize=1)
+def _workbench(experiment: str) -> Workbench:
+    config = build_config(tomllib.loads(experiment), "experiment")
+    return _open.enter_context(open_workbench(config, Stopwatch()))
+
+
+@lru_cache(maxsize=8)
+def _runtime(experiment: str, client_id: str, folder: Path) -> ClientRuntime:
+    """A runtime over the resident model that sees no other client's data."""
+    bench = _workbench(experiment)
+    return replace(bench, data=bench.data.only([client_id])).runtime(PersonalStore(folder))
+
+
+def _position(node_config: Mapping[str, Any]) -> int:
+    position = node_config.get("partition-id")
+    if not isinstance(position, int) or position < 0:
+        raise UserError(
+            f"partition-id is {position!r}; start the SuperNode with --node-config 'partition-id=N ...', "
+            "N counting the data's clients from 0"
+        )
+    return position
+
+
+def _personal_folder(context: Context) -> Path:
+    """Where this node keeps its client's tensors; in a deployment a folder of its own for each run."""
+    simulated = str(context.run_config["personal-folder"])
+    own = str(context.node_config.get("personal-folder", ""))
+    if not simulated and not own:
+        raise UserError(
+            "the node has no place for its client's tensors: start the SuperNode with "
+            "--node-config 'personal-folder=\"/a/folder\" ...'"
+        )
+    return Path(simulated) if simulated else Path(own) / str(context.run_config["run-token"])

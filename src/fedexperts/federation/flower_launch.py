@@ -1,0 +1,264 @@
+"""Submits a run to Flower and waits for its result. Starts programs; imports nothing of Flower."""
+
+import importlib.resources
+import importlib.util
+import json
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from fedexperts import __version__
+from fedexperts.config.load import resolved_toml
+from fedexperts.config.schema import RunConfig
+from fedexperts.data.federated import load_federated_data
+from fedexperts.errors import UserError
+from fedexperts.federation.flower_events import FAILED, RELAYED, WARNED, heard
+from fedexperts.progress import Progress
+from fedexperts.run_directory import RunDirectory, read_json, write_atomically
+
+logger = logging.getLogger(__name__)
+
+LOCAL = "local"
+"""Name of the connection to the SuperLink that a simulation starts for itself."""
+
+PROGRAMS = Path(sys.executable).parent
+
+QUIET = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "PYTHONUNBUFFERED": "1",
+}
+"""Flower must not install packages, ask for updates or report use; and its log is to come line by line."""
+
+_SUPERLINK = """
+"$1/flower-superlink" --insecure --simulation --isolation process --host 127.0.0.1 --port "$2" &
+"$1/flower-superexec" --insecure --runtime-api-address "127.0.0.1:$2" &
+cat >/dev/null
+rm -rf -- "$3"
+kill -KILL 0
+"""
+# They live until their standard input ends, which it does however this process ends. All of them are then
+# killed as one group: Flower's simulation outlives its parents, and there is nothing to save.
+
+
+def run_with_flower(config: RunConfig, run: RunDirectory, *, progress: Progress) -> dict[str, Any]:
+    """Run, or go on with, what ``run`` holds the configuration of; returns ``result.json``'s object.
+
+    Without ``transport.connection`` Flower's simulation runs here, one client at a time. With it the run is
+    submitted to that SuperLink, whose machine must see the run directory under the same path: the server
+    app writes it.
+
+    Raises:
+        UserError: Flower is not installed, refuses, or ends without a result; what it logged is in
+            ``flower.log``.
+    """
+    _require_flower(is_simulated=not config.transport.connection)
+    with tempfile.TemporaryDirectory(prefix="fedexperts-flower-", ignore_cleanup_errors=True) as folder:
+        app = _write_app(config, run, Path(folder) / "app")
+        if config.transport.connection:
+            _submit([str(app), config.transport.connection], run, _environment({}), progress)
+        else:
+            with _superlink(Path(folder)) as environment:
+                _submit([str(app), LOCAL, *_simulation(config)], run, environment, progress)
+    return read_json(run.result)
+
+
+def _require_flower(*, is_simulated: bool) -> None:
+    for package in ("flwr", "ray") if is_simulated else ("flwr",):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f'transport.name = "flower" needs the package {package}: pip install "fedexperts[flower]"'
+            )
+
+
+def _environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """Flower's programs call each other by name, and on this machine past any proxy."""
+    path = os.pathsep.join([str(PROGRAMS), os.environ.get("PATH", "")])
+    direct = ",".join([os.environ.get("no_proxy", os.environ.get("NO_PROXY", "")), "127.0.0.1"]).strip(",")
+    return {**os.environ, **QUIET, "PATH": path, "no_proxy": direct, "NO_PROXY": direct, **extra}
+
+
+def _write_app(config: RunConfig, run: RunDirectory, folder: Path) -> Path:
+    """The app that is sent to every node: our pyproject.toml with this run's configuration in it."""
+    template = importlib.resources.files("fedexperts") / "assets" / "flower_app" / "pyproject.toml"
+    table = tomllib.loads(template.read_text(encoding="utf-8"))
+    table["project"]["version"] = __version__
+    is_simulated = not config.transport.connection
+    table["tool"]["flwr"]["app"]["config"] = {
+        "experiment": resolved_toml(config),
+        "run-directory": str(run.path.absolute()),
+        "run-token": _token(run),
+        "personal-folder": str(run.client_folders.absolute()) if is_simulated else "",
+    }
+    folder.mkdir()
+    (folder / "pyproject.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
+    return folder
+
+
+def _token(run: RunDirectory) -> str:
+    """What tells this run from any other on a node's disk; the same when the run is resumed."""
+    path = run.path / "flower_token"
+    if not path.exists():
+        write_atomically(path, uuid.uuid4().hex.encode())
+    return path.read_text()
+
+
+def _simulation(config: RunConfig) -> list[str]:
+    """One actor of ray, with one resident model, on which clients take turns."""
+    with load_federated_data(config.data, config.seed) as data:
+        num_clients = len(data.client_ids)
+    num_gpus = int(config.model.device != "cpu" and torch.cuda.is_available())
+    settings = {
+        "num-supernodes": num_clients,
+        "client-resources-num-cpus": config.threads,
+        "init-args-num-cpus": config.threads,
+        "client-resources-num-gpus": f"{num_gpus}.0",
+        "init-args-num-gpus": num_gpus,
+    }
+    return ["--federation-config", " ".join(f"{key}={value}" for key, value in settings.items())]
+
+
+@contextmanager
+def _superlink(folder: Path) -> Iterator[dict[str, str]]:
+    """A SuperLink of our own on a free port of the loopback; gives the environment that knows it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    home, log = folder / "home", folder / "superlink.log"
+    home.mkdir()
+    connection = {"address": f"127.0.0.1:{port}", "insecure": True}
+    (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": LOCAL, LOCAL: connection}}))
+    environment = _environment({"FLWR_HOME": str(home)})
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            ["sh", "-c", _SUPERLINK, "superlink", str(PROGRAMS), str(port), str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        ),
+    ):
+        _wait_until_up(port, log)
+        yield environment
+
+
+def _wait_until_up(port: int, log: Path, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    logged = _in_one_line(log.read_text().splitlines()[-5:])
+    raise UserError(f"Flower's SuperLink did not start within {seconds:g} s: {logged}")
+
+
+def _submit(
+    arguments: Sequence[str], run: RunDirectory, environment: Mapping[str, str], progress: Progress
+) -> None:
+    """``flwr run`` until the run has ended; its exit code says nothing of how, ``result.json`` does."""
+    flwr, listener, connection = _Flwr(environment), _Listener(progress), arguments[1]
+    try:
+        with (run.path / "flower.log").open("a", encoding="utf-8") as log:
+            for line in flwr.lines("run", *arguments, "--stream"):
+                log.write(listener.without_events(line))
+        while not listener.failure and not run.result.exists():
+            if not flwr.is_going_on(listener.run_id, connection):
+                break
+            time.sleep(1.0)  # the stream of the log broke, the run did not
+    except BaseException:
+        flwr.stop(listener.run_id, connection)
+        raise
+    if listener.failure or not run.result.exists():
+        logged = _in_one_line(listener.tail)
+        raise UserError(listener.failure or f"Flower's run ended without {run.result}: {logged}")
+
+
+class _Listener:
+    """Reads the log of a run and hands on what the server app says in it."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.run_id = ""
+        self.failure = ""
+        self.tail = deque[str](maxlen=5)
+        """The last lines that were no events."""
+
+    def without_events(self, line: str) -> str:
+        """The line, or nothing of it if it was an event."""
+        event, values = heard(line) or ("", [])
+        if event == FAILED:
+            self.failure = values[0]
+        elif event == WARNED:
+            logger.warning(values[0])
+        elif event in RELAYED:
+            getattr(self._progress, event)(*values)
+        else:
+            self.tail.append(line)
+            started = re.search(r"Successfully started run (\d+)", line)
+            self.run_id = started[1] if started else self.run_id
+            return line
+        return ""
+
+
+class _Flwr:
+    """The command line of Flower."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+
+    def lines(self, *arguments: str) -> Iterator[str]:
+        """The lines of a command's output as they come; the command ends when nobody listens any more."""
+        with subprocess.Popen(
+            [str(PROGRAMS / "flwr"), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=self._environment,
+        ) as process:
+            assert process.stdout is not None
+            try:
+                yield from process.stdout
+            finally:
+                process.terminate()
+
+    def is_going_on(self, run_id: str, connection: str) -> bool:
+        """Whether the run has not ended, as far as the SuperLink can be asked."""
+        answer = self._call("list", connection, "--run-id", run_id, "--format", "json") if run_id else ""
+        try:
+            return not json.loads(answer)["runs"][0]["status"].startswith("finished")
+        except (ValueError, LookupError):
+            return False
+
+    def stop(self, run_id: str, connection: str) -> None:
+        """Stop the run, if it began."""
+        if run_id:
+            self._call("stop", run_id, connection)
+
+    def _call(self, *arguments: str) -> str:
+        command = [str(PROGRAMS / "flwr"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=self._environment).stdout
+
+
+def _in_one_line(lines: Iterable[str]) -> str:
+    return " ".join(" ".join(lines).split()) or "it logged nothing"

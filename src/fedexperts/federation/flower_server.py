@@ -1,0 +1,59 @@
+"""The Flower server app: the server's side of a run, on the machine of the SuperLink."""
+
+import logging
+import tomllib
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedexperts.config.load import build_config, config_sha256
+from fedexperts.config.schema import RunConfig
+from fedexperts.costs import Stopwatch
+from fedexperts.data.federated import no_data
+from fedexperts.environment import describe_environment
+from fedexperts.errors import UserError
+from fedexperts.experiment import ServerRun, device_of
+from fedexperts.federation.flower_events import FAILED, WarningsSaid, said_progress, say
+from fedexperts.federation.flower_transport import FlowerTransport
+from fedexperts.run_directory import RunDirectory, write_json
+from fedexperts.workbench import open_workbench, personal_store
+
+# Flower looks for this assignment in the source, and takes no annotated one.
+app = ServerApp()
+
+
+@app.main()  # type: ignore[untyped-decorator]
+def main(grid: Grid, context: Context) -> None:
+    """Run all rounds that are left and write the run directory; what fails is said and raised."""
+    config = build_config(tomllib.loads(str(context.run_config["experiment"])), "experiment")
+    logging.getLogger("fedexperts").addHandler(WarningsSaid())
+    try:
+        serve(grid, config, RunDirectory(Path(str(context.run_config["run-directory"]))))
+    except UserError as error:
+        say(FAILED, str(error))
+        raise
+
+
+def serve(grid: Grid, config: RunConfig, run: RunDirectory) -> None:
+    """The server has the model and the exam, and no client's data."""
+    progress, stopwatch = said_progress(), Stopwatch()
+    progress.phase("loading the server's model")
+    with run.lock(), open_workbench(config, stopwatch, data=no_data()) as bench:
+        runtime = bench.runtime(personal_store(run.path))
+        environment = describe_environment(config.threads, str(device_of(bench.parts)))
+        write_json(run.environment, environment | _simulated(config))
+        transport = FlowerTransport(
+            grid,
+            config_sha256=config_sha256(config),
+            timeout_seconds=config.transport.timeout_seconds,
+        )
+        progress.phase("waiting for the clients")
+        progress.message(f"{len(transport.client_ids)} clients have joined")
+        ServerRun(config, run, runtime, transport, progress, stopwatch).run()
+
+
+def _simulated(config: RunConfig) -> dict[str, str]:
+    if config.transport.connection:
+        return {"simulated": ""}
+    return {"simulated": "Flower's simulation: clients run on this machine; times are not a network's"}

@@ -1,0 +1,196 @@
+"""Transport over Flower's Grid: which node is which client, time-outs, and what a failure looks like."""
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedexperts.errors import UserError
+from fedexperts.federation.transport import Delivery
+from fedexperts.federation.wire import pack, unpack
+from fedexperts.messages import Download, Upload, decode_upload, encode_download
+
+logger = logging.getLogger(__name__)
+
+IDENTIFY = "identify"
+"""Task of the download that asks a node which client it is; its answer is a report and no tensor."""
+
+MOST_UNANSWERED = 32
+"""Downloads sent ahead of the answer that is next in order: what Flower, and in the worst case the server,
+holds of a cohort at one time. A smaller cohort is sent all at once."""
+
+POLL_SECONDS = 0.1
+POLLS_PER_SWEEP = 10
+"""The answer that is next in order is asked for at every poll, the later ones at every so many: those that
+are there are taken in before Flower drops them."""
+
+GRACE_SECONDS = 10.0
+"""A message lives so much longer than its answer is waited for: Flower must not be asked for a dead one."""
+
+
+@dataclass(kw_only=True)
+class _Sent:
+    """One download on its way, and its answer once it is there."""
+
+    client_id: str
+    message_id: str
+    num_bytes: int
+    at: float
+    reply: Message | None = None
+    answered: float = 0.0
+
+
+class FlowerTransport:
+    """Implements :class:`~fedexperts.federation.transport.Transport`."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        config_sha256: str,
+        timeout_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """``timeout_seconds``: longest wait until every client is there, and for one client's answer."""
+        self._grid, self._config_sha256, self._timeout = grid, config_sha256, timeout_seconds
+        self._clock, self._pause = clock, pause
+        self._nodes: dict[str, int] = {}
+
+    @property
+    def client_ids(self) -> tuple[str, ...]:
+        """All clients, in the order of the data; the first use waits until there is a node for each."""
+        if not self._nodes:
+            self._nodes = self._gather()
+        return tuple(self._nodes)
+
+    def exchange(self, downloads: Iterable[tuple[str, Download]]) -> Iterator[Delivery]:
+        """See the protocol; at most :data:`MOST_UNANSWERED` downloads are sent ahead."""
+        assert self.client_ids
+        return self._exchange((name, self._nodes[name], download) for name, download in downloads)
+
+    def _exchange(self, items: Iterable[tuple[str, int, Download]]) -> Iterator[Delivery]:
+        waiting, under_way = iter(items), deque[_Sent]()
+        while True:
+            while len(under_way) < MOST_UNANSWERED and (item := next(waiting, None)) is not None:
+                under_way.append(self._send(*item))
+            if not under_way:
+                return
+            first = under_way.popleft()
+            self._await(first, under_way)
+            yield self._delivery(first)
+
+    def _send(self, client_id: str, node_id: int, download: Download) -> _Sent:
+        blob = encode_download(download)
+        message = Message(
+            pack(blob),
+            node_id,
+            "train",
+            ttl=self._timeout + GRACE_SECONDS,
+            group_id=f"{download.task} {download.round}",
+        )
+        at = self._clock()
+        message_ids = list(self._grid.push_messages([message]))
+        message_id = message_ids[0] if message_ids else None
+        return _Sent(client_id=client_id, message_id=message_id or "", num_bytes=len(blob), at=at)
+
+    def _await(self, first: _Sent, later: Iterable[_Sent]) -> None:
+        """Wait for the answer to ``first``, or until it is too late; take in what answers later ones."""
+        polls = 0
+        while first.reply is None and first.message_id:
+            self._pull(first)
+            if first.reply is not None or self._clock() - first.at >= self._timeout:
+                return
+            polls += 1
+            if polls % POLLS_PER_SWEEP == 0:
+                for sent in later:
+                    self._pull(sent)
+            self._pause(POLL_SECONDS)
+
+    def _pull(self, sent: _Sent) -> None:
+        """One message id at a time: of several, Flower would hold all answers that are there."""
+        if sent.reply is None and sent.message_id:
+            for reply in self._grid.pull_messages([sent.message_id]):
+                sent.reply, sent.answered = reply, self._clock()
+
+    def _delivery(self, sent: _Sent) -> Delivery:
+        """The answer, whatever came; nothing that a client sends may stop the server."""
+        num_bytes, busy = 0, 0.0
+        try:
+            blob = self._blob(sent)
+            num_bytes = len(blob)
+            upload = decode_upload(blob)
+            busy = math.fsum(upload.report.get("seconds", {}).values())
+        except UserError as error:
+            upload = Upload(failure=str(error))
+        except Exception as error:
+            upload = Upload(failure=f"its answer cannot be read: {type(error).__name__}: {error}")
+        return Delivery(
+            client_id=sent.client_id,
+            upload=upload,
+            download_bytes=sent.num_bytes,
+            upload_bytes=num_bytes,
+            seconds={"transport": max(sent.answered - sent.at - busy, 0.0)},
+        )
+
+    def _blob(self, sent: _Sent) -> bytes:
+        reply, sent.reply = sent.reply, None
+        if not sent.message_id:
+            raise UserError("Flower did not take its download")
+        if reply is None:
+            raise UserError(f"no answer within transport.timeout_seconds = {self._timeout:g}")
+        if reply.has_error():
+            reason = " ".join((reply.error.reason or "no reason given").split())
+            raise UserError(f"Flower error {reply.error.code}: {reason[:500]}")
+        return unpack(reply.content)
+
+    def _gather(self) -> dict[str, int]:
+        """Node ids by client, in the order of the data; asks each node that appears until all are there."""
+        started, asked, found = self._clock(), set[int](), dict[int, _Node]()
+        while not found or len(found) < max(node.num_clients for node in found.values()):
+            if self._clock() - started >= self._timeout:
+                raise UserError(
+                    f"{_count_of(found.values())} joined within transport.timeout_seconds = {self._timeout:g}"
+                )
+            new = sorted(set(self._grid.get_node_ids()) - asked)
+            asked.update(new)
+            for node in self._identify(new):
+                if node.position in found:
+                    raise UserError(
+                        f"Flower nodes {found[node.position].node_id} and {node.node_id} are both "
+                        f"{node.client_id}: give each SuperNode its own partition-id"
+                    )
+                found[node.position] = node
+            if not new:
+                self._pause(POLL_SECONDS)
+        return {found[position].client_id: found[position].node_id for position in sorted(found)}
+
+    def _identify(self, node_ids: Iterable[int]) -> Iterator["_Node"]:
+        question = Download(round=0, task=IDENTIFY, tensors={}, config_sha256=self._config_sha256)
+        for answer in self._exchange((str(node_id), node_id, question) for node_id in node_ids):
+            if answer.upload.failure:
+                raise UserError(f"Flower node {answer.client_id}: {answer.upload.failure}")
+            node = _Node(node_id=int(answer.client_id), **answer.upload.report)
+            logger.info("Flower node %d is %s", node.node_id, node.client_id)
+            yield node
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Node:
+    """What a node says of itself."""
+
+    node_id: int
+    client_id: str
+    position: int
+    """Of the client in the data's order."""
+    num_clients: int
+
+
+def _count_of(nodes: Collection[_Node]) -> str:
+    total = max((node.num_clients for node in nodes), default=0)
+    return f"only {len(nodes)} of {total} clients" if nodes else "no client"

@@ -1,0 +1,133 @@
+"""Real Flower: ``flwr run`` in simulation, and a SuperLink with three SuperNodes on the loopback."""
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from fedexperts.errors import UserError
+from fedexperts.experiment import run_experiment
+from fedexperts.federation import flower_launch
+from fedexperts.run_directory import read_json, read_lines
+
+PROGRAMS = Path(sys.executable).parent
+
+
+def same(run):
+    """What a run over Flower must share with the run in process."""
+    result = read_json(run / "result.json")
+    names = ("server_state_sha256", "personal_sha256", "mean", "exam", "bytes")
+    losses = [line["train_loss"] for line in read_lines(run / "rounds.jsonl")]
+    return {name: result[name] for name in names} | {"losses": losses}
+
+
+def test_without_flower_the_extra_is_named(make_config, tmp_path, quiet, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "fedexperts\[flower\]"'):
+        run_experiment(make_config("flex", "transport.name=flower"), tmp_path / "run", progress=quiet)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["flex", "fedavg"])
+def test_the_simulation_is_the_run_in_process(method, make_config, tmp_path, quiet):
+    run_experiment(make_config(method), tmp_path / "inprocess", progress=quiet)
+    run_experiment(make_config(method, "transport.name=flower"), tmp_path / "flower", progress=quiet)
+    assert same(tmp_path / "flower") == same(tmp_path / "inprocess")
+
+
+@pytest.mark.slow
+def test_a_fault_in_the_server_app_is_one_sentence_here(make_config, tmp_path, quiet):
+    """Flower's own command ends with 0 whatever became of the run."""
+    config = make_config("flex", "transport.name=flower", "evaluation.exam.source=nowhere.jsonl")
+    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
+        run_experiment(config, tmp_path / "run", progress=quiet)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@contextmanager
+def running(command, log):
+    """A program with all that it starts, killed at the end whatever happens."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [str(PROGRAMS / command[0]), *command[1:]],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_until(condition, what, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} within {seconds} s"
+        time.sleep(0.2)
+
+
+def answers(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def federation(tmp_path, monkeypatch):
+    """A SuperLink and three SuperNodes as processes of this machine; gives the connection's name."""
+    home = tmp_path / "flwr_home"
+    home.mkdir()
+    port = free_port()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "lab"\n[superlink.lab]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    for name, value in {**flower_launch.QUIET, "FLWR_HOME": str(home)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", str(PROGRAMS), prepend=os.pathsep)
+    with ExitStack() as stack:
+        link = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", port]
+        stack.enter_context(running(link, tmp_path / "superlink.log"))
+        wait_until(lambda: answers(port), "the SuperLink answers")
+        for position in range(3):
+            own = f'partition-id={position} num-partitions=3 personal-folder="{tmp_path}/node-{position}"'
+            node = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
+            node += ["--host", "127.0.0.1", "--port", free_port(), "--node-config", own]
+            stack.enter_context(running(node, tmp_path / f"node-{position}.log"))
+        yield "lab"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_deployment_on_the_loopback_is_the_run_in_process(federation, make_config, tmp_path, quiet):
+    run_experiment(make_config("flex"), tmp_path / "inprocess", progress=quiet)
+    config = make_config("flex", "transport.name=flower", f"transport.connection={federation}")
+    started = time.monotonic()
+    run_experiment(config, tmp_path / "flower", progress=quiet)
+    print(f"deployment: {time.monotonic() - started:.0f} s")
+    assert same(tmp_path / "flower") == same(tmp_path / "inprocess")
+    assert not (tmp_path / "flower" / "clients").exists()
+    for position in range(3):
+        (kept,) = (tmp_path / f"node-{position}").iterdir()
+        assert [path.name for path in kept.iterdir()] == [f"client-{position:03d}"]

@@ -1,0 +1,184 @@
+"""Transport over Flower's Grid: order, time-outs, failures, and what is held at one time."""
+
+import pytest
+import torch
+from flower_grid import Clock, InMemoryGrid
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app.error import Error
+
+from fedexperts.errors import UserError
+from fedexperts.federation.flower_transport import IDENTIFY, MOST_UNANSWERED, FlowerTransport
+from fedexperts.federation.wire import pack, unpack
+from fedexperts.messages import Download, Upload, decode_download, encode_download, encode_upload
+
+HASH = "0123"
+
+
+def identity(position, num_clients):
+    report = {"client_id": f"client-{position:03d}", "position": position, "num_clients": num_clients}
+    return pack(encode_upload(Upload(report=report)))
+
+
+def node(position, num_clients=3, answer=None):
+    """A node that knows who it is, and answers anything else with its position unless told otherwise."""
+
+    def answered(message):
+        download = decode_download(unpack(message.content))
+        if download.task == IDENTIFY:
+            return identity(position, num_clients)
+        if answer is not None:
+            return answer(download)
+        return pack(encode_upload(Upload(metrics={"position": float(position)})))
+
+    return answered
+
+
+def transport(grid, timeout_seconds=60.0):
+    return FlowerTransport(
+        grid,
+        config_sha256=HASH,
+        timeout_seconds=timeout_seconds,
+        clock=grid.clock,
+        pause=grid.clock.pause,
+    )
+
+
+def train(client_ids, round=1):
+    return [
+        (name, Download(round=round, task="train", tensors={}, config_sha256=HASH)) for name in client_ids
+    ]
+
+
+def test_a_message_travels_as_its_own_bytes():
+    tensors = {"weight": torch.arange(6, dtype=torch.float32).reshape(2, 3).to(torch.bfloat16)}
+    message = encode_download(Download(round=1, task="train", tensors=tensors))
+    assert unpack(pack(message)) == message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({"fedexperts": ConfigRecord({"message": "text"})}),
+        RecordDict({"fedexperts": ArrayRecord()}),
+        RecordDict({"fedexperts": ArrayRecord({"message": Array("uint8", (1,), "numpy.ndarray", b"x")})}),
+        RecordDict({**pack(b"x"), "more": ConfigRecord()}),
+    ],
+)
+def test_any_other_record_is_refused(content):
+    with pytest.raises(UserError, match="does not carry one FedExperts message"):
+        unpack(content)
+
+
+def test_clients_are_in_the_order_of_the_data_whatever_their_nodes_are_called():
+    grid = InMemoryGrid({77: node(2), 5: node(0), 901: node(1)})
+    assert transport(grid).client_ids == ("client-000", "client-001", "client-002")
+
+
+def test_the_federation_waits_until_every_client_has_a_node():
+    grid = InMemoryGrid({5: node(0)})
+
+    class Joining(Clock):
+        def pause(self, seconds):
+            super().pause(seconds)
+            if self.now > 3:
+                grid.nodes.update({6: node(1), 7: node(2)})
+
+    grid.clock = Joining()
+    assert len(transport(grid).client_ids) == 3
+    assert 3 < grid.clock.now < 4
+
+
+def test_a_federation_that_stays_incomplete_is_refused():
+    with pytest.raises(UserError, match=r"only 2 of 3 clients joined within transport.timeout_seconds = 60"):
+        assert transport(InMemoryGrid({5: node(0), 6: node(2)})).client_ids
+    with pytest.raises(UserError, match="no client joined"):
+        assert transport(InMemoryGrid({})).client_ids
+
+
+def test_two_nodes_that_are_the_same_client_are_refused():
+    with pytest.raises(UserError, match="nodes 5 and 6 are both client-000"):
+        assert transport(InMemoryGrid({5: node(0), 6: node(0)})).client_ids
+
+
+def test_a_node_that_cannot_take_part_is_named_with_its_reason():
+    grid = InMemoryGrid({5: lambda message: pack(encode_upload(Upload(failure="has no data")))})
+    with pytest.raises(UserError, match="node 5: has no data"):
+        assert transport(grid).client_ids
+
+
+def test_deliveries_keep_the_order_of_the_downloads_whoever_answers_first():
+    grid = InMemoryGrid({5: node(0), 6: node(1), 7: node(2)})
+    carried = transport(grid)
+    assert carried.client_ids
+    grid.delays = {5: 30.0, 6: 20.0, 7: 10.0}
+    order = ["client-001", "client-000", "client-002"]
+    deliveries = list(carried.exchange(train(order)))
+    assert [delivery.client_id for delivery in deliveries] == order
+    assert [delivery.upload.metrics["position"] for delivery in deliveries] == [1.0, 0.0, 2.0]
+    assert {len(ids) for ids in grid.pulls} == {1}
+    assert grid.clock.now == pytest.approx(30.0, abs=0.2), "they were waited for together"
+
+
+def test_bytes_are_those_of_the_message():
+    grid = InMemoryGrid({5: node(0, 1)})
+    (item,) = train(["client-000"])
+    (delivery,) = transport(grid).exchange([item])
+    assert delivery.download_bytes == len(encode_download(item[1]))
+    assert delivery.upload_bytes == len(encode_upload(Upload(metrics={"position": 0.0})))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (
+            lambda download: Error(code=8, reason="ClientApp crashed\n  at line 3"),
+            "error 8: ClientApp crashed at",
+        ),
+        (lambda download: None, "no answer within transport.timeout_seconds = 60"),
+        (lambda download: RecordDict(), "does not carry one FedExperts message"),
+        (lambda download: pack(b""), "message of 0 bytes cannot be read"),
+        (lambda download: pack(b"\x80\x04garbage" * 1000), "cannot be read"),
+        (lambda download: pack(encode_upload(Upload())[:-1]), "cannot be read"),
+        (lambda download: pack(encode_download(download)), "is not an upload"),
+        (lambda download: pack(encode_upload(Upload(report={"seconds": "x"}))), "cannot be read"),
+        (lambda download: pack(encode_upload(Upload(failure="loss is nan"))), "loss is nan"),
+    ],
+)
+def test_a_bad_answer_is_that_clients_failure_and_nobody_elses(answer, reason):
+    grid = InMemoryGrid({5: node(0), 6: node(1, answer=answer), 7: node(2)})
+    carried = transport(grid)
+    deliveries = list(carried.exchange(train(carried.client_ids)))
+    assert reason in deliveries[1].upload.failure
+    assert [deliveries[place].upload.failure for place in (0, 2)] == ["", ""]
+
+
+def test_answers_behind_a_client_that_never_answers_are_not_lost():
+    """They are taken in while the server waits, for Flower drops them when their time is over."""
+    grid = InMemoryGrid({5: node(0, answer=lambda download: None), 6: node(1), 7: node(2)})
+    carried = transport(grid)
+    deliveries = list(carried.exchange(train(carried.client_ids)))
+    assert [bool(delivery.upload.failure) for delivery in deliveries] == [True, False, False]
+    assert grid.clock.now == pytest.approx(60.0, abs=0.2)
+
+
+def test_a_message_dies_soon_after_nobody_waits_for_its_answer():
+    grid = InMemoryGrid({5: node(0, 1)})
+    list(transport(grid, timeout_seconds=7.0).exchange(train(["client-000"])))
+    assert {message.metadata.ttl for message in grid.pushed} == {17.0}
+
+
+def test_a_large_cohort_is_sent_a_few_ahead_and_downloads_are_made_when_they_are_sent():
+    num_clients = 2 * MOST_UNANSWERED
+    grid = InMemoryGrid({100 + position: node(position, num_clients) for position in range(num_clients)})
+    carried = transport(grid)
+    made = []
+
+    def downloads():
+        for item in train(carried.client_ids):
+            made.append(item[0])
+            yield item
+
+    for done, _ in enumerate(carried.exchange(downloads())):
+        assert len(made) <= done + MOST_UNANSWERED
+    assert tuple(made) == carried.client_ids
