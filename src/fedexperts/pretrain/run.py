@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fedexperts.errors import UserError
+from fedexperts.pretrain.rows import batches
 from fedexperts.pretrain.scores import PretrainScores, expert_table, score_pretrained
 from fedexperts.pretrain.settings import PretrainSettings
 from fedexperts.pretrain.tokenizer import train_tokenizer
@@ -65,7 +66,7 @@ def _pretrain_into(settings: PretrainSettings, folder: Path, report: Report) -> 
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     report(f"{num_parameters:,} parameters, {len(tokenizer)} tokens; training {settings.num_steps} steps")
     trained = time.monotonic()
-    loss, num_texts, num_tokens = train(model, tokenizer, settings, report)
+    loss, num_texts, num_tokens = train(model, batches(tokenizer, settings), settings, report)
     scored = time.monotonic()
     model.to(torch.bfloat16)
     model.save_pretrained(folder)

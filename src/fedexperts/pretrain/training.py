@@ -5,16 +5,16 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from fedexperts.errors import UserError
-from fedexperts.pretrain.rows import Row, batches
+from fedexperts.pretrain.rows import Row
 from fedexperts.pretrain.settings import PretrainSettings
 from fedexperts.seeds import derive_seed
 
@@ -52,15 +52,18 @@ def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) 
 
 
 def train(
-    model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings, report: Report
+    model: PreTrainedModel, batches: Iterator[list[Row]], settings: PretrainSettings, report: Report
 ) -> tuple[float, int, int]:
-    """The loss of the last 100 steps, and how many texts and tokens were trained on."""
+    """Train a model of any family that tells its router logits, on as many ``batches`` as there are steps.
+
+    Returns the loss of the last 100 steps, and how many texts and tokens were trained on.
+    """
     optimizer = _optimizer(model, settings)
     losses: list[float] = []
     num_texts = num_tokens = 0
     started = time.monotonic()
     model.train()
-    for step, rows in enumerate(islice(batches(tokenizer, settings), settings.num_steps), start=1):
+    for step, rows in enumerate(islice(batches, settings.num_steps), start=1):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _schedule(step, settings)
         loss = _step(model, optimizer, rows, settings)
@@ -78,7 +81,7 @@ def train(
     return sum(losses[-100:]) / len(losses[-100:]), num_texts, num_tokens
 
 
-def _optimizer(model: Qwen2MoeForCausalLM, settings: PretrainSettings) -> torch.optim.AdamW:
+def _optimizer(model: PreTrainedModel, settings: PretrainSettings) -> torch.optim.AdamW:
     decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     groups: list[dict[str, Any]] = [
@@ -96,7 +99,7 @@ def _schedule(step: int, settings: PretrainSettings) -> float:
 
 
 def _step(
-    model: Qwen2MoeForCausalLM,
+    model: PreTrainedModel,
     optimizer: torch.optim.AdamW,
     rows: list[Row],
     settings: PretrainSettings,
