@@ -70,6 +70,7 @@ def test_an_integer_for_a_number_is_the_same_configuration():
         (b"rounds = \n", "is not valid TOML: Invalid value (at line 1, column 10)"),
         (b"rounds = 1\nrounds = 2\n", "is not valid TOML: Cannot overwrite a value (at line 2, column 11)"),
         (b"name = '\xff'\n", "is not UTF-8 text (byte 8)"),
+        (b"[matrix]\nseed = [0]\n", "is a suite and no experiment: fedexperts compare {path}"),
         (b"seed = -1\n[algorithm]\nname = 'flex'", "seed must be at least 0, not -1"),
     ],
 )
@@ -78,7 +79,7 @@ def test_a_file_that_cannot_be_used_is_named(content, message, tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         load_config(path)
-    assert str(caught.value) == f"{path}: {message}"
+    assert str(caught.value) == f"{path}: {message.format(path=path)}"
 
 
 def test_a_file_with_a_byte_order_mark_is_read(tmp_path):

@@ -18,6 +18,7 @@ from fedexperts.config.toml import (
     render_toml,
     split_overrides,
 )
+from fedexperts.errors import UserError
 
 Settings = TypeVar("Settings")
 
@@ -28,7 +29,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: one sentence with the file (or "command line"), the key, its value and what is allowed.
     """
-    return build_config(read_toml(path), str(path), overrides)
+    table = read_toml(path)
+    if "base" in table or "matrix" in table:
+        raise UserError(f"{path}: is a suite and no experiment: fedexperts compare {path}")
+    return build_config(table, str(path), overrides)
 
 
 def build_config(table: Mapping[str, Any], file: str, overrides: Sequence[str] = ()) -> RunConfig:
