@@ -204,6 +204,10 @@ def test_a_full_disk_is_told_without_a_traceback(here, monkeypatch, capsys):
     assert error_of(capsys, "run", "tiny.toml", "--to", "full").startswith("the disk is full ([Errno 28]")
 
 
+def test_a_file_where_a_folder_is_to_be_is_told(here, capsys):
+    assert error_of(capsys, "run", "tiny.toml", "--to", "tiny.toml") == "tiny.toml: File exists"
+
+
 def test_our_own_fault_keeps_its_traceback(here, monkeypatch):
     ends_with(monkeypatch, ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):

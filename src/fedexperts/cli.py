@@ -227,6 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has gone, as in `fedexperts check FILE | head`; without this Python complains at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return SOME_FAILED
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        return _told(f"error: {error.filename}: {error.strerror}", MISTAKE)
     except Exception as error:
         if is_disk_full(error):
             return _told(

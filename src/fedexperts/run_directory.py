@@ -135,7 +135,9 @@ class RunDirectory:
         """
         if resume and not self.config.exists():
             raise UserError(f"cannot resume {self.path}: it holds no run (no config.toml)")
-        if not resume and self.path.exists() and any(self.path.iterdir()):
+        # A process killed before config.toml was whole leaves no more than a lock and a partial file.
+        visible = (path for path in self.path.glob("*") if not path.name.startswith("."))
+        if not resume and any(visible):
             raise UserError(
                 f"output folder {self.path} is already in use: choose another with --to, "
                 f"or continue it with --resume {self.path}"
