@@ -19,6 +19,7 @@ from fedexperts.federation import flower_launch
 from fedexperts.run_directory import read_json, read_lines
 
 PROGRAMS = Path(sys.executable).parent
+SLOW, WITHIN = pytest.mark.slow, pytest.mark.timeout(900)
 
 
 def same(run):
@@ -35,7 +36,8 @@ def test_without_flower_the_extra_is_named(make_config, tmp_path, quiet, monkeyp
         run_experiment(make_config("flex", "transport.name=flower"), tmp_path / "run", progress=quiet)
 
 
-@pytest.mark.slow
+@SLOW
+@WITHIN
 @pytest.mark.parametrize("method", ["flex", "fedavg"])
 def test_the_simulation_is_the_run_in_process(method, make_config, tmp_path, quiet):
     run_experiment(make_config(method), tmp_path / "inprocess", progress=quiet)
@@ -43,7 +45,8 @@ def test_the_simulation_is_the_run_in_process(method, make_config, tmp_path, qui
     assert same(tmp_path / "flower") == same(tmp_path / "inprocess")
 
 
-@pytest.mark.slow
+@SLOW
+@WITHIN
 def test_a_fault_in_the_server_app_is_one_sentence_here(make_config, tmp_path, quiet):
     """Flower's own command ends with 0 whatever became of the run."""
     config = make_config("flex", "transport.name=flower", "evaluation.exam.source=nowhere.jsonl")
@@ -118,8 +121,8 @@ def federation(tmp_path, monkeypatch):
         yield "lab"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
+@SLOW
+@WITHIN
 def test_a_deployment_on_the_loopback_is_the_run_in_process(federation, make_config, tmp_path, quiet):
     run_experiment(make_config("flex"), tmp_path / "inprocess", progress=quiet)
     config = make_config("flex", "transport.name=flower", f"transport.connection={federation}")
