@@ -101,7 +101,12 @@ class Scorer:
             if (value := getattr(scores, name)) is not None
         }
         if split == "test":
-            metrics |= {"num_test": float(scores.num_test), "num_test_truncated": float(scores.num_truncated)}
+            metrics |= {
+                "num_test": float(scores.num_test),
+                "num_test_truncated": float(scores.num_truncated),
+                "num_test_without_label": float(scores.num_without_label),
+                "num_prompts_cut": float(scores.num_prompts_cut),
+            }
         if keep_predictions:
             self._keep_predictions(client_id, scores.predictions)
         return metrics

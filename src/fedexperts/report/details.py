@@ -40,6 +40,8 @@ _COUNTS = (
     ("num_truncated", "truncated"),
     ("num_test_truncated", "test, truncated"),
     ("num_without_label", "without label"),
+    ("num_test_without_label", "test, without label"),
+    ("num_prompts_cut", "test prompts cut"),
 )
 
 

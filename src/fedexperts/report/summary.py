@@ -202,6 +202,8 @@ def _method_warnings(method: Method) -> list[str]:
         ("num_truncated", "truncated to the longest length allowed"),
         ("num_test_truncated", "of the test splits truncated to the longest length allowed"),
         ("num_without_label", "left out because no token of the response was left to learn"),
+        ("num_test_without_label", "of the test splits in no loss, for the same reason"),
+        ("num_prompts_cut", "of the test prompts cut at their beginning to fit the model's positions"),
     ):
         sums = total(method.results, field)
         if any(sums):
