@@ -85,7 +85,8 @@ def score_exam(
     """Accuracy of taking the choice with the largest log-likelihood as the response to the question.
 
     A choice's log-likelihood is the sum over its own tokens, EOS left out, as is usual for MMLU; with
-    ``normalise`` the mean. On a tie the first choice is taken; one that reads as the right one is right. ``batch_size`` is in sequences, one per choice.
+    ``normalise`` the mean. On a tie the first choice is taken; one that reads as the right one is right.
+    ``batch_size`` is in sequences, one per choice.
 
     Raises:
         UserError: there is no question that fits ``data.max_tokens``, or a log-likelihood is not finite.
