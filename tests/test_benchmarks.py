@@ -1,0 +1,68 @@
+"""The benchmarks run, count right, and what the document says is what was measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.matmul_roof import Product, ProductCounter
+from benchmarks.tables import document_text, marks, put_into
+from benchmarks.timing import in_turns, paired_ratio
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("local_steps", "end_to_end", "memory")
+
+
+def test_products_are_counted_forward_and_backward():
+    weight, input = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3)
+    with ProductCounter() as counter:
+        torch.nn.functional.linear(input, weight).sum().backward()
+    assert counter.counts == {Product(1, 7, 3, 5): 1, Product(1, 5, 7, 3): 1}
+    assert counter.flops == 2 * (2 * 7 * 3 * 5)
+
+
+def test_grouped_products_and_attention_are_counted():
+    tokens, experts = torch.randn(8, 4, requires_grad=True), torch.randn(2, 4, 6)
+    offsets = torch.tensor([3, 8], dtype=torch.int32)
+    query = torch.randn(2, 3, 5, 4, requires_grad=True)
+    with ProductCounter() as counter:
+        torch.nn.functional.grouped_mm(tokens, experts, offs=offsets).square().sum().backward()
+    assert counter.flops == 2 * (2 * 8 * 4 * 6)
+    with ProductCounter() as counter:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query).square().sum().backward()
+    assert counter.flops == (2 + 5) * (2 * 2 * 3 * 5 * 5 * 4)
+
+
+def test_rivals_take_turns_after_a_run_that_does_not_count():
+    order = []
+
+    def rival(name):
+        return lambda: order.append(name) or float(len(order))
+
+    seconds = in_turns({"a": rival("a"), "b": rival("b")}, repeats=2)
+    assert order == ["a", "b", "a", "b", "a", "b"]
+    assert seconds == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert paired_ratio(seconds["b"], seconds["a"])["values"] == [4 / 3, 6 / 5]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_document_has_the_figures_of_the_committed_results(name):
+    record = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    document = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert put_into(document, name, document_text(name, record)) == document
+
+
+@pytest.mark.slow
+def test_the_command_measures_everything_and_fills_a_document(tiny_checkpoint, tmp_path):
+    pytest.importorskip("trl")
+    document = tmp_path / "benchmarks.md"
+    document.write_text("\n".join(line for name in NAMES for line in marks(name)))
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--model", str(tiny_checkpoint)]
+    places = ["--results", str(tmp_path), "--docs", str(document)]
+    done = subprocess.run([*command, *places], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in NAMES:
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert document_text(name, record) in document.read_text()
