@@ -7,7 +7,6 @@ import pytest
 from fedexperts.evaluation.routing import (
     balance_std,
     normalised_entropy,
-    share_matrix,
     shares,
     total_variation,
 )
@@ -35,11 +34,6 @@ def test_entropy_of_uneven_use() -> None:
 
 def test_shares_sum_to_one_in_each_layer() -> None:
     assert shares([[1, 3], [2, 2]]) == [[0.25, 0.75], [0.5, 0.5]]
-
-
-def test_share_matrix_has_experts_as_rows_and_clients_as_columns() -> None:
-    tables = {"client-000": [[9, 9], [1, 3]], "client-001": [[9, 9], [4, 0]]}
-    assert share_matrix(tables, layer=1) == [[0.25, 1.0], [0.75, 0.0]]
 
 
 def test_total_variation_is_zero_for_the_same_use_and_one_for_none_in_common() -> None:

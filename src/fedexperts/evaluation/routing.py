@@ -5,7 +5,7 @@ A *table* is a list by MoE layer of lists by expert of numbers of tokens, as
 figure is taken within a layer, and the mean over layers is returned.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import fsum, log
 from statistics import fmean, pstdev
 
@@ -36,12 +36,6 @@ def normalised_entropy(table: Table) -> float:
 def shares(table: Table) -> list[list[float]]:
     """Each layer's tokens per expert as shares that sum to 1."""
     return [_shares(tokens_E) for tokens_E in table]
-
-
-def share_matrix(tables: Mapping[str, Table], layer: int) -> list[list[float]]:
-    """One layer's shares for a heat map: a row for each expert, a column for each client in their order."""
-    columns = [_shares(table[layer]) for table in tables.values()]
-    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def total_variation(first: Table, second: Table) -> float:
