@@ -15,7 +15,7 @@ from fedexperts.local import (
     local_steps,
 )
 from fedexperts.models.adapters import AdapterSettings, add_lora
-from fedexperts.models.tiny import tiny_model
+from fedexperts.models.tiny import FAMILIES, tiny_model
 from fedexperts.moe import seam
 
 
@@ -53,6 +53,27 @@ def test_only_what_is_named_moves():
     assert moved == set(names)
     assert result.untrained == ()
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_all_logits(family):
+    """Logits are made at label positions only; the tolerance is the last bits of a sum of fewer zeros."""
+    model = make_model(family).train()
+    name = next(name for name, _ in model.named_parameters() if "norm" in name)
+    ids = torch.randint(3, 100, (3, 14), generator=torch.Generator().manual_seed(1))
+    attention_mask, labels = torch.ones_like(ids), ids.clone()
+    attention_mask[1, 9:] = attention_mask[2, 12:] = 0
+    labels[0, :5] = labels[1, :3] = labels[1, 9:] = labels[2, :9] = labels[2, 12:] = -100
+    parameter = dict(model.named_parameters())[name].requires_grad_(True)
+    loss = model(input_ids=ids, attention_mask=attention_mask, labels=labels, use_cache=False).loss
+    (gradient,) = torch.autograd.grad(loss, parameter)
+    num_labels = int((labels != -100).sum())
+    batch = Batch(
+        input_ids=ids, attention_mask=attention_mask, labels=labels, num_examples=3, num_labels=num_labels
+    )
+    result = train(model, [name], TrainingSettings(gradient_clip=0), [batch])
+    assert result.losses[0] == pytest.approx(loss.item(), rel=1e-6)
+    assert result.gradient_norms[0] == pytest.approx(gradient.norm().item(), rel=1e-5)
 
 
 def test_gradient_checkpointing_changes_no_bit():

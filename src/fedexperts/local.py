@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from fedexperts.data.batches import Batch
+from fedexperts.data.batches import IGNORED_LABEL, Batch
 from fedexperts.errors import UserError
 from fedexperts.tensors import Tensors
 
@@ -198,19 +199,14 @@ def _training_mode(model: Any, settings: TrainingSettings) -> Iterator[None]:
     model.train()
     if settings.gradient_checkpointing:
         _checkpointing(model, "enable", {"use_reentrant": False})
-    old = getattr(model, "router_aux_loss_coef", None)
-    if settings.router_aux_loss:
-        if old is None:
-            raise UserError(
-                f"training.router_aux_loss is {settings.router_aux_loss}, but {type(model).__name__} has no "
-                "load-balancing loss: set it to 0"
-            )
-        model.router_aux_loss_coef = settings.router_aux_loss
+    if settings.router_aux_loss and getattr(model, "router_aux_loss_coef", None) is None:
+        raise UserError(
+            f"training.router_aux_loss is {settings.router_aux_loss}, but {type(model).__name__} has no "
+            "load-balancing loss: set it to 0"
+        )
     try:
         yield
     finally:
-        if old is not None:
-            model.router_aux_loss_coef = old
         if settings.gradient_checkpointing:
             _checkpointing(model, "disable")
         model.eval()
@@ -224,16 +220,34 @@ def _checkpointing(model: Any, verb: str, *arguments: Any) -> None:
 
 def _backward(model: Any, batch: Batch, router_aux_loss: float) -> float:
     device = next(model.parameters()).device
-    output = model(
-        input_ids=batch.input_ids.to(device),
-        attention_mask=batch.attention_mask.to(device),
-        labels=batch.labels.to(device),
-        use_cache=False,
-        **({"output_router_logits": True} if router_aux_loss else {}),
-    )
-    output.loss.backward()
-    balance = router_aux_loss * float(output.aux_loss.detach()) if router_aux_loss else 0.0
-    return float(output.loss.detach()) - balance
+    next_labels = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(device)
+    is_asked = next_labels != IGNORED_LABEL
+    with _logits_only_where(is_asked, model):
+        output = model(
+            input_ids=batch.input_ids.to(device),
+            attention_mask=batch.attention_mask.to(device),
+            use_cache=False,
+            **({"output_router_logits": True} if router_aux_loss else {}),
+        )
+    loss = functional.cross_entropy(output.logits.float(), next_labels[is_asked])
+    total = loss + router_aux_loss * output.aux_loss if router_aux_loss else loss
+    total.backward()
+    return float(loss.detach())
+
+
+@contextmanager
+def _logits_only_where(is_asked: Tensor, model: Any) -> Iterator[None]:
+    """Make logits of the asked positions (B, T) alone: shape (M, V), and not (B, T, V).
+
+    Most of a batch is prompt, whose logits nobody looks at; with a large vocabulary they cost more time and
+    memory than a layer does.
+    """
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][is_asked],))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _clip(parameters: Any, largest: float) -> float:
