@@ -1,4 +1,4 @@
-"""Peak memory of a FLEx run with few and with many clients, each in a process of its own."""
+"""Peak memory of a FLEx run with few and with many clients and as many turns, each in a process of its own."""
 
 import json
 import subprocess
@@ -15,19 +15,21 @@ from fedexperts.progress import QuietProgress
 SAME_MEMORY = 0.05
 """Largest difference of the peaks, as a share."""
 _OVERRIDES = (
-    "rounds=1",
+    # As many categories as the few clients have, so that the many do not bring longer examples.
+    "data.labels=['closed_qa','information_extraction','classification','summarization']",
     "data.tinyworld.examples_per_client=24",
     "training.num_local_steps=1",
     "algorithm.calibration_examples=8",
 )
 
 
-def measure(model: str, *, few: int = 4, many: int = 200, repeats: int = 2) -> dict[str, Any]:
+def measure(model: str, *, few: int = 4, many: int = 200, repeats: int = 1) -> dict[str, Any]:
     """All figures, ready for JSON; the peaks are megabytes (10^6 bytes) of resident memory."""
     peaks: dict[int, list[dict[str, float]]] = {few: [], many: []}
     for _ in range(repeats):
         for num_clients, made in peaks.items():
-            made.append(_peak_in_new_process(model, num_clients))
+            # Equal turns, so that the longest batch and what the allocator keeps have equal chances to show.
+            made.append(_peak_in_new_process(model, num_clients, rounds=many // num_clients))
     kinds = {
         kind: {str(number): spread([peak[kind] for peak in made]) for number, made in peaks.items()}
         for kind in ("loaded", "peak", "seconds")
@@ -36,16 +38,17 @@ def measure(model: str, *, few: int = 4, many: int = 200, repeats: int = 2) -> d
     return {"model": model, "few": few, "many": many, "kinds": kinds, "many_over_few": ratio}
 
 
-def _peak_in_new_process(model: str, num_clients: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.memory", model, str(num_clients)]
+def _peak_in_new_process(model: str, num_clients: int, rounds: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.memory", model, str(num_clients), str(rounds)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def run_alone(model: str, num_clients: int) -> dict[str, float]:
+def run_alone(model: str, num_clients: int, rounds: int) -> dict[str, float]:
     """One run in this process, which must be new; megabytes before the first client and at the peak."""
-    config = bench_config(model, "flex", f"data.partition.num_clients={num_clients}", *_OVERRIDES)
+    size = (f"data.partition.num_clients={num_clients}", f"rounds={rounds}")
+    config = bench_config(model, "flex", *size, *_OVERRIDES)
     loaded: list[float] = []
     progress = _AtStart(loaded)
     with tempfile.TemporaryDirectory() as folder:
@@ -75,4 +78,4 @@ def _peak_megabytes() -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_alone(sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps(run_alone(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
