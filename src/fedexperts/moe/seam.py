@@ -9,7 +9,7 @@ Shape suffixes: ``T`` tokens, ``D`` hidden, ``E`` experts, ``K`` top-k, ``F`` ex
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -254,10 +254,21 @@ def run_expert(experts: Any, hidden_TD: Tensor, weights: dict[str, Tensor]) -> T
 
 def expert_output(experts: Any, hidden_TD: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """As :func:`run_expert`, with gradients; the layout (transposed, biased, gated) is ``experts``'."""
-    entry = "gate_up_proj" if experts.has_gate else "up_proj"
-    inner = _linear(hidden_TD, weights[entry], weights.get(f"{entry}_bias"), experts.is_transposed)
+
+    def product(name: str, input: Tensor) -> Tensor:
+        return _linear(input, weights[name], weights.get(f"{name}_bias"), experts.is_transposed)
+
+    return expert_of_products(experts, hidden_TD, product)
+
+
+def expert_of_products(experts: Any, hidden_TD: Tensor, product: Callable[[str, Tensor], Tensor]) -> Tensor:
+    """As :func:`expert_output`, of weights that need not be tensors.
+
+    ``product(name, input)`` is the product with the parameter of that name, its bias added.
+    """
+    inner = product("gate_up_proj" if experts.has_gate else "up_proj", hidden_TD)
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-    output = _linear(inner, weights["down_proj"], weights.get("down_proj_bias"), experts.is_transposed)
+    output = product("down_proj", inner)
     has_norm = getattr(experts, "has_post_expert_norm", False)
     return cast(Tensor, experts.post_expert_norm(output)) if has_norm else output
 
