@@ -223,7 +223,9 @@ def _memory(figures: Figures) -> list[Table]:
         for kind, title in names.items()
     ]
     rows.append(("peak, many clients over few", "", f"{figures['many_over_few']:.3f}"))
-    return [Table(title="Peak resident memory of FLEx, as many turns in all", columns=columns, rows=tuple(rows))]
+    return [
+        Table(title="Peak resident memory of FLEx, as many turns in all", columns=columns, rows=tuple(rows))
+    ]
 
 
 def _spread(values: Mapping[str, Any], form: str) -> tuple[str, str, str]:
