@@ -1,4 +1,4 @@
-"""Peak memory of a FLEx run with few and with many clients and as many turns, each in a process of its own."""
+"""Peak memory of FLEx with few and with many clients and as many turns, each in a process of its own."""
 
 import json
 import subprocess
