@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fedexperts.errors import UserError
+from fedexperts.models.ports import register_ports
 from fedexperts.models.tiny import FAMILIES, tiny_model
 from fedexperts.moe import seam
 from fedexperts.moe.seam import MoeLayer
@@ -84,6 +85,7 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     Raises:
         UserError: there is no such model, it is not supported, or its checkpoint is damaged.
     """
+    register_ports()
     device = _device(settings)
     dtype = getattr(torch, settings.dtype)
     if settings.name.startswith(TINY_PREFIX):

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fedexperts.errors import UserError
+from fedexperts.models.ports import register_ports
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 128,
@@ -76,6 +77,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     | {"linear_head_dim": 8, "linear_num_heads": 4},
     "beam": _ALL_SPARSE,
     "cohere2_moe": _FIRST_DENSE,
+    "deepseek": {"num_hidden_layers": 3, "first_k_dense_replace": 1},
     "deepseek_v2": _LATENT_ATTENTION | {"num_hidden_layers": 3, "first_k_dense_replace": 1},
     "deepseek_v3": _LATENT_ATTENTION | {"num_hidden_layers": 3, "first_k_dense_replace": 1},
     "deepseek_v32": _LATENT_ATTENTION | _ALL_SPARSE | _INDEXED,
@@ -122,6 +124,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "kolibri1": {},
     "laguna": _ALL_SPARSE,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama_moe": {"intermediate_size": 96, "num_selects": 2, "score_scale_factor": [2.0, 3.0]},
     "mellum": _ALL_SPARSE,
     "mimo_v2_flash": _ALL_SPARSE,
     "minimax": {"block_size": 16},
@@ -172,6 +175,7 @@ def tiny_model(
     """
     if family not in _FAMILIES:
         raise UserError(f'no tiny model of family "{family}"; it must be one of {", ".join(FAMILIES)}')
+    register_ports()
     defaults = AutoConfig.for_model(family)
     known = {*defaults.to_dict(), *defaults.attribute_map}
     small = {name: value for name, value in _SMALL.items() if name in known}

@@ -69,7 +69,12 @@ class MoeLayer:
         return {name: getattr(self.experts, name)[expert] for name in self.parameter_names()}
 
     def router_row(self, expert: int) -> Tensor:
-        """The router's weight vector for ``expert``, shape (D,)."""
+        """The router's weight vector for ``expert``, shape (D,).
+
+        A router of several layers has no such weight and gives rows of its own.
+        """
+        if hasattr(self.router, "rows"):
+            return cast(Tensor, self.router.rows()[expert])
         shape = (self.num_experts, self.hidden_size)
         for parameter in self.router.parameters():
             if parameter.shape == shape:
