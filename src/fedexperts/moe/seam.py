@@ -9,7 +9,7 @@ Shape suffixes: ``T`` tokens, ``D`` hidden, ``E`` experts, ``K`` top-k, ``F`` ex
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -25,6 +25,7 @@ IMPLEMENTATION = "fedexperts"
 
 _MARKS = ("is_transposed", "has_bias", "has_gate", "is_concatenated")
 _ADDITION = "graft"
+_SLOTS = "slots"
 _EXPERT_NAME = re.compile(r"^(?P<layer>.+\.experts)\.(?P<expert>\d+)\.(?P<parameter>[a-z_]+)$")
 _DECODE_ROWS = 64
 
@@ -52,21 +53,21 @@ class MoeLayer:
 
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the fused parameters, each with the expert as its first dimension."""
-        return tuple(
-            name
-            for name, parameter in self.experts.named_parameters(recurse=False)
-            if parameter.dim() >= 2 and parameter.shape[0] == self.num_experts
-        )
+        return fused_parameter_names(self.experts)
 
     def expert(self, expert: int) -> dict[str, Tensor]:
-        """Views of one expert's weights in the fused parameters, by parameter name.
+        """Views of the weights that run for one expert, by parameter name.
 
         Raises:
-            UserError: ``expert`` is not one of the layer's.
+            UserError: ``expert`` is not one of the layer's, or has been dropped.
         """
         if not 0 <= expert < self.num_experts:
             raise UserError(f"expert {expert} of layer {self.name}: must be from 0 to {self.num_experts - 1}")
-        return {name: getattr(self.experts, name)[expert] for name in self.parameter_names()}
+        return _weights_of(self.experts, expert)
+
+    def device(self) -> torch.device:
+        """Where the layer lives."""
+        return next(self.router.parameters()).device
 
     def router_row(self, expert: int) -> Tensor:
         """The router's weight vector for ``expert``, shape (D,).
@@ -80,6 +81,23 @@ class MoeLayer:
             if parameter.shape == shape:
                 return parameter[expert]
         raise UserError(f"the router of layer {self.name} has no weight of shape {shape}")
+
+
+def fused_parameter_names(experts: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of ``experts`` that have the expert as their first dimension."""
+    stored = len(cast(Tensor, experts.down_proj))
+    return tuple(
+        name
+        for name, parameter in experts.named_parameters(recurse=False)
+        if parameter.dim() >= 2 and len(parameter) == stored
+    )
+
+
+def _weights_of(experts: nn.Module, expert: int) -> dict[str, Tensor]:
+    slots: Any = getattr(experts, _SLOTS, None)
+    if slots is not None:
+        return dict(slots.expert(experts, expert))
+    return {name: getattr(experts, name)[expert] for name in fused_parameter_names(experts)}
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -108,7 +126,8 @@ def find_moe_layers(model: nn.Module) -> tuple[MoeLayer, ...]:
         if not _is_experts(module):
             continue
         down = cast(Tensor, module.down_proj)
-        num_experts, rows, columns = down.shape
+        stored, rows, columns = down.shape
+        slots: Any = getattr(module, _SLOTS, None)
         hidden, inner = (columns, rows) if module.is_transposed else (rows, columns)
         layers.append(
             MoeLayer(
@@ -116,7 +135,7 @@ def find_moe_layers(model: nn.Module) -> tuple[MoeLayer, ...]:
                 name=name,
                 experts=module,
                 router=_sibling_router(modules[name.rpartition(".")[0]], name),
-                num_experts=num_experts,
+                num_experts=stored if slots is None else slots.plan.num_experts,
                 hidden_size=hidden,
                 expert_size=inner,
             )
@@ -141,19 +160,45 @@ def _why_unsupported(model: nn.Module) -> str:
 def experts_forward(
     experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The registered implementation: transformers' grouped matmul, then whatever was added to the layer.
+    """The registered implementation: the layer's slots, or transformers' grouped matmul where it has none;
+    then whatever was added to the layer.
 
     Shapes: ``hidden_states`` (T, D), ``top_k_index`` and ``top_k_weights`` (T, K); returns (T, D). A few
     tokens on an accelerator take the batched matmul, as ``generate`` chooses for the stock implementation.
     """
-    is_decoding = hidden_states.device.type != "cpu" and top_k_index.numel() <= _DECODE_ROWS
-    stock = ALL_EXPERTS_FUNCTIONS["batched_mm" if is_decoding else "grouped_mm"]
-    routed = cast(Tensor, stock(experts, hidden_states, top_k_index, top_k_weights))
+    slots = getattr(experts, _SLOTS, None)
+    run = _stock if slots is None else slots
+    routed = run(experts, hidden_states, top_k_index, top_k_weights)
     addition = getattr(experts, _ADDITION, None)
     return routed if addition is None else addition(experts, hidden_states, routed)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+def _stock(experts: Any, hidden_TD: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
+    is_decoding = hidden_TD.device.type != "cpu" and top_k_index_TK.numel() <= _DECODE_ROWS
+    stock = ALL_EXPERTS_FUNCTIONS["batched_mm" if is_decoding else "grouped_mm"]
+    return cast(Tensor, stock(experts, hidden_TD, top_k_index_TK, top_k_weights_TK))
+
+
+class _Dressed:
+    """An experts module with other weights than its own, for a function that only reads it."""
+
+    def __init__(self, experts: Any, weights: dict[str, Tensor]) -> None:
+        self._experts = experts
+        self.__dict__.update(weights)
+        self.num_experts = len(weights["down_proj"])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._experts, name)
+
+
+def run_stock(
+    experts: Any, weights: dict[str, Tensor], hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor
+) -> Tensor:
+    """transformers' own function on fused ``weights`` (S, ...), of which ``index_TK`` chooses."""
+    return _stock(_Dressed(experts, weights), hidden_TD, index_TK, weight_TK)
 
 
 def take_seat(model: Any) -> None:
@@ -186,6 +231,38 @@ def addition_of(layer: MoeLayer) -> Any:
 def addition_name(layer: MoeLayer) -> str:
     """Module path of a layer's addition; the prefix of its parameters' names."""
     return f"{layer.name}.{_ADDITION}"
+
+
+def slots_of(layer: MoeLayer) -> Any:
+    """The layer's :class:`fedexperts.moe.slots.Slots`, or None."""
+    return getattr(layer.experts, _SLOTS, None)
+
+
+def set_slots(layer: MoeLayer, slots: nn.Module) -> None:
+    """Let ``slots`` run instead of the layer's own function, as a submodule of the experts."""
+    layer.experts.add_module(_SLOTS, slots)
+
+
+def drop_slots(layer: MoeLayer) -> None:
+    """Take away what :func:`set_slots` put there."""
+    delattr(layer.experts, _SLOTS)
+
+
+def slots_name(layer: MoeLayer) -> str:
+    """Module path of a layer's slots; the prefix of its tuned parameters' names."""
+    return f"{layer.name}.{_SLOTS}"
+
+
+def fused_weights(layer: MoeLayer) -> dict[str, Tensor]:
+    """What the layer's fused parameters hold now, by name; the experts are the first dimension."""
+    return {name: getattr(layer.experts, name).detach() for name in layer.parameter_names()}
+
+
+def set_fused(layer: MoeLayer, weights: Mapping[str, Tensor]) -> None:
+    """Put other tensors into the layer's fused parameters; whether they train stays as it was."""
+    for name, weight in weights.items():
+        trains = getattr(layer.experts, name).requires_grad
+        setattr(layer.experts, name, nn.Parameter(weight, requires_grad=trains))
 
 
 @contextmanager
@@ -229,17 +306,20 @@ def tensor_views(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     Writing into a view writes into the model. Raises ``KeyError`` for a name the model does not have.
     """
     parameters = dict(model.named_parameters())
-    return {name: _view(parameters, name).detach() for name in names}
+    layers = {name: module for name, module in model.named_modules() if _is_experts(module)}
+    return {
+        name: (parameters[name] if name in parameters else _view(layers, name)).detach() for name in names
+    }
 
 
-def _view(parameters: dict[str, nn.Parameter], name: str) -> Tensor:
-    if name in parameters:
-        return parameters[name]
+def _view(layers: dict[str, nn.Module], name: str) -> Tensor:
     match = _EXPERT_NAME.match(name)
-    fused = parameters.get(f"{match['layer']}.{match['parameter']}") if match else None
-    if match is None or fused is None or int(match["expert"]) >= fused.shape[0]:
+    if match is None or match["layer"] not in layers:
         raise KeyError(name)
-    return fused[int(match["expert"])]
+    try:
+        return _weights_of(layers[match["layer"]], int(match["expert"]))[match["parameter"]]
+    except IndexError:
+        raise KeyError(name) from None
 
 
 def fused_names(names: Iterable[str]) -> set[str]:
@@ -259,23 +339,81 @@ def run_expert(experts: Any, hidden_TD: Tensor, weights: dict[str, Tensor]) -> T
 
 def expert_output(experts: Any, hidden_TD: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """As :func:`run_expert`, with gradients; the layout (transposed, biased, gated) is ``experts``'."""
-
-    def product(name: str, input: Tensor) -> Tensor:
-        return _linear(input, weights[name], weights.get(f"{name}_bias"), experts.is_transposed)
-
-    return expert_of_products(experts, hidden_TD, product)
+    gated = gate_expert(experts, enter_expert(experts, hidden_TD, weights))
+    return norm_expert(experts, leave_expert(experts, gated, weights))
 
 
-def expert_of_products(experts: Any, hidden_TD: Tensor, product: Callable[[str, Tensor], Tensor]) -> Tensor:
-    """As :func:`expert_output`, of weights that need not be tensors.
+def enter_expert(experts: Any, rows: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """First product of one expert: (R, D) to what its gate sees, (R, 2F), or (R, F) where it has none."""
+    entry = _entry(experts)
+    return _linear(rows, weights[entry], weights.get(f"{entry}_bias"), experts.is_transposed)
 
-    ``product(name, input)`` is the product with the parameter of that name, its bias added.
-    """
-    inner = product("gate_up_proj" if experts.has_gate else "up_proj", hidden_TD)
-    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-    output = product("down_proj", inner)
-    has_norm = getattr(experts, "has_post_expert_norm", False)
-    return cast(Tensor, experts.post_expert_norm(output)) if has_norm else output
+
+def gate_expert(experts: Any, inner: Tensor) -> Tensor:
+    """The gate or activation between the two products, to (R, F)."""
+    return cast(Tensor, experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner))
+
+
+def leave_expert(
+    experts: Any, gated: Tensor, weights: dict[str, Tensor], bias_scale: Tensor | None = None
+) -> Tensor:
+    """Second product, to (R, D); ``bias_scale`` (R, 1) multiplies the bias, where rows are scaled already."""
+    bias = weights.get("down_proj_bias")
+    if bias is None or bias_scale is None:
+        return _linear(gated, weights["down_proj"], bias, experts.is_transposed)
+    return _linear(gated, weights["down_proj"], None, experts.is_transposed) + bias_scale * bias
+
+
+def has_norm(experts: Any) -> bool:
+    """Whether the family has a norm after each expert's last product."""
+    return bool(getattr(experts, "has_post_expert_norm", False))
+
+
+def norm_expert(experts: Any, output: Tensor) -> Tensor:
+    """That norm, if the family has one."""
+    return cast(Tensor, experts.post_expert_norm(output)) if has_norm(experts) else output
+
+
+def norm_parameters(experts: Any) -> tuple[nn.Parameter, ...]:
+    """Parameters of that norm."""
+    return tuple(experts.post_expert_norm.parameters()) if has_norm(experts) else ()
+
+
+def enter_back(experts: Any, grad_inner: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """Gradient of :func:`enter_expert` with respect to its rows."""
+    weight = weights[_entry(experts)]
+    return grad_inner @ (weight.t() if experts.is_transposed else weight)
+
+
+def leave_back(experts: Any, grad: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """Gradient of :func:`leave_expert` with respect to ``gated``."""
+    weight = weights["down_proj"]
+    return grad @ (weight.t() if experts.is_transposed else weight)
+
+
+def entry_gradients(experts: Any, rows: Tensor, grad_inner: Tensor) -> dict[str, Tensor]:
+    """Gradients of :func:`enter_expert` with respect to its weights, by parameter name."""
+    entry = _entry(experts)
+    found = {entry: _weight_gradient(experts, rows, grad_inner)}
+    return found | ({f"{entry}_bias": grad_inner.sum(dim=0)} if experts.has_bias else {})
+
+
+def exit_gradients(
+    experts: Any, gated: Tensor, grad: Tensor, bias_scale: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Gradients of :func:`leave_expert` with respect to its weights, by parameter name."""
+    found = {"down_proj": _weight_gradient(experts, gated, grad)}
+    if experts.has_bias:
+        found["down_proj_bias"] = (grad if bias_scale is None else bias_scale * grad).sum(dim=0)
+    return found
+
+
+def _entry(experts: Any) -> str:
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def _weight_gradient(experts: Any, rows: Tensor, grad: Tensor) -> Tensor:
+    return rows.t() @ grad if experts.is_transposed else grad.t() @ rows
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
