@@ -1,4 +1,5 @@
-"""What slots promise: the same numbers as the experts they stand for, for every family, and nothing left behind."""
+"""What slots promise, for every family: the numbers of the experts they stand for, and nothing left
+behind."""
 
 import copy
 
@@ -272,7 +273,7 @@ def test_a_wrong_plan_is_refused_in_one_sentence(plan: dict[str, tuple], sentenc
 
 
 def test_a_plan_for_another_layer_is_refused(qwen: Seated) -> None:
-    with pytest.raises(UserError, match="plan for 3 experts, but layer .* has 6"):
+    with pytest.raises(UserError, match="plan for 3 experts, but layer"):
         split_layer(qwen.layers[0], SlotPlan(num_experts=3, kept=(0, 1, 2)))
     with pytest.raises(UserError, match="plan has 1 merged groups, but weights came for 0"):
         split_layer(qwen.layers[0], MIXED)

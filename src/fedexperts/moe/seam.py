@@ -318,7 +318,7 @@ def _view(layers: dict[str, nn.Module], name: str) -> Tensor:
         raise KeyError(name)
     try:
         return _weights_of(layers[match["layer"]], int(match["expert"]))[match["parameter"]]
-    except IndexError:
+    except (IndexError, KeyError):
         raise KeyError(name) from None
 
 
