@@ -1,42 +1,17 @@
 """What goes where: tokens per expert, from forward passes that train nothing."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from fedexperts.errors import UserError
 from fedexperts.moe import seam
+from fedexperts.moe.forward_pass import TokenBatch, evaluation_mode
 from fedexperts.moe.seam import MoeLayer
 
 TokensPerExpert = list[Tensor]
 """How many tokens each expert was chosen for: by MoE layer an int64 tensor (E,) in main memory."""
-
-
-class TokenBatch(Protocol):
-    """Padded token ids."""
-
-    @property
-    def input_ids(self) -> Tensor:
-        """Token ids, int64 (batch, length)."""
-
-    @property
-    def attention_mask(self) -> Tensor:
-        """1 for a token and 0 for padding, int64 (batch, length)."""
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()``, with every module's own mode put back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
 
 
 class _Counter:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedexperts.errors import UserError
 from fedexperts.moe import seam
-from fedexperts.moe.profile import TokenBatch, evaluation_mode
+from fedexperts.moe.forward_pass import TokenBatch, evaluation_mode
 from fedexperts.moe.seam import MoeLayer
 
 
