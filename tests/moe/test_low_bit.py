@@ -129,3 +129,13 @@ def test_weights_that_are_not_finite_are_refused(bad):
 def test_forms_that_cannot_be_packed_are_refused(wrong, told):
     with pytest.raises(UserError, match=told):
         LowBitForm(**wrong)
+
+
+@pytest.mark.parametrize(("bits", "at_most"), [(8, 0.92), (4, 0.86), (3, 0.79), (2, 0.65)])
+def test_groups_from_end_to_end_beat_symmetric_codes(bits, at_most):
+    weights = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    largest_code = 2 ** (bits - 1) - 1
+    scale = weights.abs().amax(dim=-1, keepdim=True) / largest_code
+    symmetric = (weights / scale).round() * scale
+    ours = round_trip(weights, LowBitForm(bits=bits, group_size=64))
+    assert (ours - weights).norm() <= at_most * (symmetric - weights).norm()

@@ -1,11 +1,12 @@
 """Matrices in 8, 4, 3 or 2 bits a value: groups along the input dimension, rounded to the nearest, packed.
 
-A group of ``group_size`` values shares a scale ``s`` and a zero point ``z``; a value ``x`` is kept as the code
-``c = round(x / s) + z`` and comes back as ``(c - z) s``. The codes reach from the group's least to its largest
-value (asymmetric): at equal group size the error on normally distributed weights is 15 % smaller with 4 bits
-than with codes symmetric about zero, and 36 % smaller with 2, for one more byte per group. Zero is always a
-code, so zeros stay zeros and padding costs no accuracy. The scale is kept in bfloat16, which reaches as far as
-float32, and is rounded up, so that the ends of the group stay within reach: ``|x - (c - z) s| <= s / 2``.
+A group of ``group_size`` values shares a scale ``s`` and a zero point ``z``; a value ``x`` is kept as the
+code ``c = round(x / s) + z`` and comes back as ``(c - z) s``. The codes reach from the group's least to its
+largest value (asymmetric): at equal group size the error on normally distributed weights is 15 % smaller with
+4 bits than with codes from -7 to 7, and 36 % smaller with 2 than with -1 to 1, for one more byte per group.
+Zero is always a code, so zeros stay zeros and padding costs no accuracy. The scale is kept in bfloat16, which
+reaches as far as float32, and is rounded up, so that the ends of the group stay within reach: ``|x - (c - z)
+s| <= s/2``.
 
 Shape suffixes: ``R`` rows (outputs), ``C`` columns (inputs), ``G`` groups of a row.
 """
@@ -33,8 +34,8 @@ class LowBitForm:
     bits: Bits = 4
     """Bits of a code: 8, 4, 3 or 2."""
     group_size: int = 64
-    """Neighbouring inputs that share a scale and a zero point; a multiple of 8. A row that it does not divide is
-    padded with zeros, and a row shorter than it is one group."""
+    """Neighbouring inputs that share a scale and a zero point; a multiple of 8. A row that it does not divide
+    is padded with zeros, and a row shorter than it is one group."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be packed."""
@@ -62,7 +63,7 @@ def pack(codes: Tensor, bits: Bits) -> Tensor:
     assert num_codes % _ALIGN == 0, f"{num_codes} codes do not fill whole bytes"
     for width in _PLANES[bits]:
         part = (codes >> shift) & (2**width - 1)
-        pieces = part.unflatten(-1, (8 // width, -1)).unbind(-2)
+        pieces = _folded(part, 8 // width).unbind(-2)
         plane = torch.zeros_like(pieces[0])
         for position, piece in enumerate(pieces):
             plane |= piece << (width * position)
@@ -77,7 +78,7 @@ def unpack(packed: Tensor, bits: Bits, *, dtype: torch.dtype = torch.uint8) -> T
     codes = packed.new_empty((*packed.shape[:-1], num_codes), dtype=dtype)
     shift = 0
     for width, plane in zip(_PLANES[bits], _split_planes(packed, bits, num_codes), strict=True):
-        pieces = codes.unflatten(-1, (8 // width, -1))
+        pieces = _folded(codes, 8 // width)
         for position in range(8 // width):
             part = (plane >> (width * position)) & (2**width - 1) if width < 8 else plane
             # A later plane adds to what an earlier one wrote.
@@ -90,7 +91,12 @@ def unpack(packed: Tensor, bits: Bits, *, dtype: torch.dtype = torch.uint8) -> T
 
 
 def _split_planes(packed: Tensor, bits: Bits, num_codes: int) -> tuple[Tensor, ...]:
-    return packed.split([num_codes * width // 8 for width in _PLANES[bits]], dim=-1)
+    return torch.split_with_sizes(packed, [num_codes * width // 8 for width in _PLANES[bits]], dim=-1)
+
+
+def _folded(tensor: Tensor, num_parts: int) -> Tensor:
+    """The last dimension cut into ``num_parts`` equal runs: (..., parts, C / parts), a view."""
+    return tensor.view(*tensor.shape[:-1], num_parts, tensor.shape[-1] // num_parts)
 
 
 def quantise(weight_RC: Tensor, form: LowBitForm) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +127,7 @@ def _in_groups(weight_RC: Tensor, form: LowBitForm) -> Tensor:
     group = form.group_of(num_columns)
     missing = form.num_groups(num_columns) * group - num_columns
     padded = torch.nn.functional.pad(weight_RC, (0, missing)) if missing else weight_RC
-    return padded.unflatten(-1, (-1, group))
+    return padded.reshape(*padded.shape[:-1], -1, group)
 
 
 def _rounded_up(positive: Tensor) -> Tensor:
@@ -141,6 +147,6 @@ def dequantise(
     # float16 does not reach as far as a bfloat16 scale; bfloat16 holds every difference of codes.
     working = torch.float32 if dtype == torch.float16 else dtype
     codes = unpack(packed, form.bits, dtype=working)
-    grouped = codes.unflatten(-1, (scale.shape[-1], -1))
+    grouped = _folded(codes, scale.shape[-1])
     grouped.sub_(zero.to(working).unsqueeze(-1)).mul_(scale.to(working).unsqueeze(-1))
     return codes[..., :num_columns].to(dtype)

@@ -1,9 +1,9 @@
 """Quantised experts: the fused 3-D weights of a layer in few bits, one expert made dense at a time.
 
-Tools that replace ``nn.Linear`` leave fused experts as they are, without a word: 87 % of a Qwen1.5-MoE stays in
-bfloat16. Here an expert's matrices are packed (:mod:`fedexperts.moe.low_bit`); :mod:`fedexperts.moe.rows` has
-them made dense for the expert's rows in the forward pass, thrown away, and made dense again in the backward
-pass, so that training through frozen experts keeps no dense weight. Biases stay as they are.
+Tools that replace ``nn.Linear`` leave fused experts as they are, without a word: 87 % of a Qwen1.5-MoE stays
+in bfloat16. Here an expert's matrices are packed (:mod:`fedexperts.moe.low_bit`); :mod:`fedexperts.moe.rows`
+has them made dense for the expert's rows in the forward pass, thrown away, and made dense again in the
+backward pass, so that training through frozen experts keeps no dense weight. Biases stay as they are.
 """
 
 import json
