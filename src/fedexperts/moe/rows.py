@@ -146,6 +146,9 @@ class _ExpertRows(torch.autograd.Function):
             weights = job.weights(chunk.expert, trained, hidden_TD.dtype)
             back = _Back(job.experts, weights, inner, weight_R[chunk.rows].unsqueeze(-1))
             grad_inner, grad_weight_R[chunk.rows] = back.leave(grad_TD[chunk.token].to(hidden_TD.dtype))
+            watch = seam.gradient_watch_of(job.experts)
+            if watch is not None:
+                watch(job.bank, chunk.expert, back.row_gradients(chunk.token, hidden_TD, grad_inner))
             if grad_hidden_TD is not None:
                 made = seam.enter_back(job.experts, grad_inner, weights)
                 grad_hidden_TD.index_add_(0, chunk.token, made.to(grad_hidden_TD.dtype))
@@ -155,6 +158,25 @@ class _ExpertRows(torch.autograd.Function):
                     gradient[chunk.expert] = made_by_name[name].to(gradient.dtype)
         grad_hidden = None if grad_hidden_TD is None else grad_hidden_TD.to(hidden_TD.dtype)
         return None, grad_hidden, grad_weight_R, *grad_trained
+
+
+@dataclass(frozen=True)
+class RowGradients:
+    """One expert's pairs in a backward pass: the gradient of each of its two products' weights is the sum
+    over pairs of the outer product of input and gradient; that of a bias, of the gradient times its factor."""
+
+    token_R: Tensor
+    """Row of the hidden states, int64, ascending."""
+    entry_input: Tensor
+    """(R, D)."""
+    entry_grad: Tensor
+    """(R, I)."""
+    exit_input: Tensor
+    """(R, F)."""
+    exit_grad: Tensor
+    """(R, D)."""
+    exit_bias_factor: Tensor
+    """(R, 1); the entry's is 1."""
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
@@ -203,6 +225,13 @@ class _Back:
             after = seam.norm_expert(self._experts, before)
         (grad_before,) = torch.autograd.grad(after, before, self._scale * grad)
         return grad_before, (grad * after.detach()).sum(dim=-1)
+
+    def row_gradients(self, token: Tensor, hidden_TD: Tensor, grad_inner: Tensor) -> RowGradients:
+        """What a gradient watch is given; after :meth:`leave`."""
+        factor = torch.ones_like(self._scale) if seam.has_norm(self._experts) else self._scale
+        return RowGradients(
+            token, hidden_TD[token], grad_inner, self._last_input, self._grad_last, factor.detach()
+        )
 
     def weight_gradients(self, rows: Tensor, grad_inner: Tensor) -> dict[str, Tensor]:
         """By parameter name; after :meth:`leave`."""

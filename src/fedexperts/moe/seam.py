@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -26,6 +27,7 @@ IMPLEMENTATION = "fedexperts"
 _MARKS = ("is_transposed", "has_bias", "has_gate", "is_concatenated")
 _ADDITION = "graft"
 _SLOTS = "slots"
+_GRADIENT_WATCH = "_fedexperts_gradient_watch"
 _EXPERT_NAME = re.compile(r"^(?P<layer>.+\.experts)\.(?P<expert>\d+)\.(?P<parameter>[a-z_]+)$")
 _DECODE_ROWS = 64
 
@@ -246,6 +248,27 @@ def set_slots(layer: MoeLayer, slots: nn.Module) -> None:
 def drop_slots(layer: MoeLayer) -> None:
     """Take away what :func:`set_slots` put there."""
     delattr(layer.experts, _SLOTS)
+
+
+def gradient_watch_of(experts: nn.Module) -> Any:
+    """What :func:`watch_gradients` set, or None."""
+    return getattr(experts, _GRADIENT_WATCH, None)
+
+
+@contextmanager
+def watch_gradients(layers: Iterable[MoeLayer], see: Any) -> Iterator[None]:
+    """Call ``see(layer, bank, index, row_gradients)`` in the backward pass for each expert of a bank that ran.
+
+    Only layers with slots call it; see :mod:`fedexperts.moe.rows` for the arguments.
+    """
+    layers = list(layers)
+    for layer in layers:
+        setattr(layer.experts, _GRADIENT_WATCH, partial(see, layer))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            delattr(layer.experts, _GRADIENT_WATCH)
 
 
 def slots_name(layer: MoeLayer) -> str:
