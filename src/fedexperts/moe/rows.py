@@ -124,7 +124,7 @@ class _ExpertRows(torch.autograd.Function):
         inners = []
         for chunk in job.chunks():
             weights = job.weights(chunk.expert, trained, hidden_TD.dtype)
-            inner = seam.enter_expert(job.experts, hidden_TD[chunk.token], weights)
+            inner = seam.enter_expert(job.experts, hidden_TD.index_select(0, chunk.token), weights)
             scale = weight_R[chunk.rows].unsqueeze(-1)
             made = _leave(job.experts, seam.gate_expert(job.experts, inner), weights, scale)
             output_TD.index_add_(0, chunk.token, made.to(output_TD.dtype))
@@ -145,7 +145,9 @@ class _ExpertRows(torch.autograd.Function):
         for chunk, inner in zip(job.chunks(), inners, strict=True):
             weights = job.weights(chunk.expert, trained, hidden_TD.dtype)
             back = _Back(job.experts, weights, inner, weight_R[chunk.rows].unsqueeze(-1))
-            grad_inner, grad_weight_R[chunk.rows] = back.leave(grad_TD[chunk.token].to(hidden_TD.dtype))
+            grad_inner, grad_weight_R[chunk.rows] = back.leave(
+                grad_TD.index_select(0, chunk.token).to(hidden_TD.dtype)
+            )
             watch = seam.gradient_watch_of(job.experts)
             if watch is not None:
                 watch(job.bank, chunk.expert, back.row_gradients(chunk.token, hidden_TD, grad_inner))
@@ -153,7 +155,7 @@ class _ExpertRows(torch.autograd.Function):
                 made = seam.enter_back(job.experts, grad_inner, weights)
                 grad_hidden_TD.index_add_(0, chunk.token, made.to(grad_hidden_TD.dtype))
             if trained:
-                made_by_name = back.weight_gradients(hidden_TD[chunk.token], grad_inner)
+                made_by_name = back.weight_gradients(hidden_TD.index_select(0, chunk.token), grad_inner)
                 for name, gradient in zip(job.names, grad_trained, strict=True):
                     gradient[chunk.expert] = made_by_name[name].to(gradient.dtype)
         grad_hidden = None if grad_hidden_TD is None else grad_hidden_TD.to(hidden_TD.dtype)
@@ -162,8 +164,8 @@ class _ExpertRows(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class RowGradients:
-    """One expert's pairs in a backward pass: the gradient of each of its two products' weights is the sum
-    over pairs of the outer product of input and gradient; that of a bias, of the gradient times its factor."""
+    """One expert's pairs in a backward pass. The gradient of each of its two products' weights is the sum
+    over pairs of the outer product of input and gradient; a bias's, of the gradient times its factor."""
 
     token_R: Tensor
     """Row of the hidden states, int64, ascending."""
@@ -190,7 +192,7 @@ def _leave(experts: Any, gated: Tensor, weights: dict[str, Tensor], scale: Tenso
     scale = scale.to(gated.dtype)
     if seam.has_norm(experts):
         return scale * seam.norm_expert(experts, seam.leave_expert(experts, gated, weights))
-    return seam.leave_expert(experts, scale * gated, weights, scale)
+    return seam.leave_expert(experts, gated.mul_(scale), weights, scale)
 
 
 class _Back:
@@ -207,15 +209,15 @@ class _Back:
         gated = self._gated.detach()
         if seam.has_norm(self._experts):
             grad, grad_scale = self._through_norm(grad, gated)
-            self._last_input, self._grad_last = gated, grad
+            self._grad_last = grad
             grad_gated = seam.leave_back(self._experts, grad, self._weights)
         else:
-            self._last_input, self._grad_last = self._scale * gated, grad
+            self._grad_last = grad
             grad_scaled = seam.leave_back(self._experts, grad, self._weights)
             grad_scale = (grad_scaled * gated).sum(dim=-1)
             if "down_proj_bias" in self._weights:
                 grad_scale = grad_scale + grad @ self._weights["down_proj_bias"]
-            grad_gated = self._scale * grad_scaled
+            grad_gated = grad_scaled.mul_(self._scale)
         (grad_inner,) = torch.autograd.grad(self._gated, self._inner, grad_gated)
         return grad_inner, grad_scale
 
@@ -235,7 +237,9 @@ class _Back:
 
     def weight_gradients(self, rows: Tensor, grad_inner: Tensor) -> dict[str, Tensor]:
         """By parameter name; after :meth:`leave`."""
-        bias_scale = None if seam.has_norm(self._experts) else self._scale
+        gated, bias_scale = self._gated.detach(), None
+        if not seam.has_norm(self._experts):
+            gated, bias_scale = self._scale * gated, self._scale
         return seam.entry_gradients(self._experts, rows, grad_inner) | seam.exit_gradients(
-            self._experts, self._last_input, self._grad_last, bias_scale
+            self._experts, gated, self._grad_last, bias_scale
         )

@@ -257,7 +257,7 @@ def gradient_watch_of(experts: nn.Module) -> Any:
 
 @contextmanager
 def watch_gradients(layers: Iterable[MoeLayer], see: Any) -> Iterator[None]:
-    """Call ``see(layer, bank, index, row_gradients)`` in the backward pass for each expert of a bank that ran.
+    """Call ``see(layer, bank, index, row_gradients)`` in the backward pass for each expert that ran.
 
     Only layers with slots call it; see :mod:`fedexperts.moe.rows` for the arguments.
     """
