@@ -194,3 +194,9 @@ def test_a_model_without_experts_is_refused_by_name(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="LlamaForCausalLM has no MoE layers"):
         Checkpoint(tmp_path)
+
+
+def test_a_config_of_an_unknown_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
+    with pytest.raises(UserError, match="of no model that transformers knows"):
+        Checkpoint(tmp_path)

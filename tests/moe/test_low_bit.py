@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedexperts.errors import UserError
-from fedexperts.moe.low_bit import LowBitForm, dequantise, pack, quantise, unpack
+from fedexperts.moe.low_bit import LowBitForm, dequantize, pack, quantize, unpack
 
 FORMS = st.builds(
     LowBitForm, bits=st.sampled_from([8, 4, 3, 2]), group_size=st.sampled_from([8, 16, 32, 64, 128])
@@ -40,12 +40,12 @@ MATRICES = st.builds(
 
 
 def round_trip(matrix, form, dtype=torch.float32):
-    return dequantise(*quantise(matrix, form), form, matrix.shape[-1], dtype)
+    return dequantize(*quantize(matrix, form), form, matrix.shape[-1], dtype)
 
 
 def steps(matrix, form):
     """The scale of each value's group."""
-    scale = quantise(matrix, form)[1].float()
+    scale = quantize(matrix, form)[1].float()
     return scale.repeat_interleave(form.group_of(matrix.shape[-1]), dim=-1)[:, : matrix.shape[-1]]
 
 
@@ -94,7 +94,7 @@ def test_four_bits_by_hand():
     # from -3 to 12 in steps of 1: the scale is 1, zero is code 3
     matrix = torch.tensor([[-3.0, 12.0, 0.0, 1.4, 1.6, -0.4, 7.0, 0.0]])
     form = LowBitForm(bits=4, group_size=8)
-    packed, scale, zero = quantise(matrix, form)
+    packed, scale, zero = quantize(matrix, form)
     assert (scale.item(), zero.item()) == (1.0, 3)
     assert unpack(packed, 4).tolist() == [[0, 15, 3, 4, 5, 3, 10, 3]]
     # code 0 beside code 5 (the fifth), 15 beside 3, 3 beside 10, 4 beside 3
@@ -109,7 +109,7 @@ def test_bfloat16_is_float32_rounded_once(matrix, form):
 
 @given(form=FORMS, columns=st.integers(1, 300))
 def test_bytes_are_as_told(form, columns):
-    packed, scale, zero = quantise(torch.ones(2, columns), form)
+    packed, scale, zero = quantize(torch.ones(2, columns), form)
     assert packed.shape == (2, form.row_bytes(columns))
     assert scale.shape == zero.shape == (2, form.num_groups(columns))
 
@@ -119,7 +119,7 @@ def test_weights_that_are_not_finite_are_refused(bad):
     matrix = torch.ones(2, 16)
     matrix[1, 3] = bad
     with pytest.raises(UserError, match="NaN or infinite"):
-        quantise(matrix, LowBitForm())
+        quantize(matrix, LowBitForm())
 
 
 @pytest.mark.parametrize(

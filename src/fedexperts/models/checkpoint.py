@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
 )
 
 from fedexperts.errors import UserError
+from fedexperts.models.ports import register_ports
 from fedexperts.moe import seam
 from fedexperts.moe.seam import MoeLayer
 
@@ -200,7 +201,12 @@ class Checkpoint:
 def _config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json, so it is no checkpoint")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    register_ports()
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        reason = _first_line(error)
+        raise UserError(f"{folder}/config.json is of no model that transformers knows: {reason}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             f"the weights of {folder} are quantised; single experts are read from plain ones only"
@@ -213,6 +219,10 @@ def _skeleton(config: Any, dtype: torch.dtype, folder: Path) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder} is no language model that transformers can build: {reason}") from error
+        reason = _first_line(error)
+        raise UserError(f"{folder} is no language model that transformers builds: {reason}") from error
     return cast(nn.Module, model)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

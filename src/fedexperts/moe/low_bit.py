@@ -99,7 +99,7 @@ def _folded(tensor: Tensor, num_parts: int) -> Tensor:
     return tensor.view(*tensor.shape[:-1], num_parts, tensor.shape[-1] // num_parts)
 
 
-def quantise(weight_RC: Tensor, form: LowBitForm) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(weight_RC: Tensor, form: LowBitForm) -> tuple[Tensor, Tensor, Tensor]:
     """Packed codes (..., R, bytes) uint8, scale (..., R, G) bfloat16 and zero point (..., R, G) uint8.
 
     Raises:
@@ -136,10 +136,10 @@ def _rounded_up(positive: Tensor) -> Tensor:
     return bits.to(torch.int16).view(torch.bfloat16)
 
 
-def dequantise(
+def dequantize(
     packed: Tensor, scale: Tensor, zero: Tensor, form: LowBitForm, num_columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """What :func:`quantise` kept of a matrix, (..., R, ``num_columns``) in ``dtype``.
+    """What :func:`quantize` kept of a matrix, (..., R, ``num_columns``) in ``dtype``.
 
     Differences of codes are whole numbers up to 255 and the scale is bfloat16, so that each value is rounded
     once, to ``dtype``.

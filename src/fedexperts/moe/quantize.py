@@ -1,226 +1,173 @@
-"""Quantised experts: the fused 3-D weights of a layer in few bits, one expert made dense at a time.
+"""Experts of a model in few bits, and back; how many really are.
 
 Tools that replace ``nn.Linear`` leave fused experts as they are, without a word: 87 % of a Qwen1.5-MoE stays
-in bfloat16. Here an expert's matrices are packed (:mod:`fedexperts.moe.low_bit`); :mod:`fedexperts.moe.rows`
-has them made dense for the expert's rows in the forward pass, thrown away, and made dense again in the
-backward pass, so that training through frozen experts keeps no dense weight. Biases stay as they are.
+in bfloat16. Here experts are quantised and nothing else is: attention and router are small, and rounding them
+moves the routing more than rounding all experts does.
 """
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedexperts.errors import UserError
-from fedexperts.moe.low_bit import LowBitForm, dequantise, quantise
+from fedexperts.moe import seam
+from fedexperts.moe.low_bit import LowBitForm
+from fedexperts.moe.low_bit_bank import ExpertShapes, QuantizedBank, bank_of
 from fedexperts.moe.seam import MoeLayer
-from fedexperts.tensors import num_bytes
-
-_FORMAT = "fedexperts.quantised_experts"
-_FORMAT_VERSION = 1
+from fedexperts.moe.slots import FusedExperts, SlotPlan, install_slots, restore_layer
+from fedexperts.tensors import is_finite, num_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertShapes:
-    """What a bank must know of the experts that it keeps."""
+class Originals:
+    """What one layer had before :func:`quantize_layer`."""
 
-    shapes: Mapping[str, tuple[int, ...]]
-    """Shape of one expert's tensor by parameter name; two dimensions are quantised, one is a bias."""
-    dtype: torch.dtype
-    """Dtype of the dense weights."""
-    is_transposed: bool
-    """Whether a matrix is (inputs, outputs) instead of (outputs, inputs)."""
-
-    @classmethod
-    def of_layer(cls, layer: MoeLayer) -> "ExpertShapes":
-        """Those of a layer's experts as they are."""
-        weights = layer.expert(0)
-        return cls(
-            shapes={name: tuple(weight.shape) for name, weight in weights.items()},
-            dtype=next(iter(weights.values())).dtype,
-            is_transposed=bool(layer.experts.is_transposed),
-        )
+    fused: Mapping[str, Tensor]
+    """Weights of the experts that were quantised, stacked, by parameter name."""
+    had_slots: bool
+    """Whether the layer had slots already, of which only the kept and merged ones were quantised."""
 
 
-class PackedMatrices(nn.Module):
-    """One matrix of every expert in few bits; a group runs along the inputs, whatever the layout."""
+def quantize_layer(layer: MoeLayer, form: LowBitForm) -> Originals:
+    """Quantise a layer's experts in the seat; where it has slots, the kept and merged ones.
 
-    def __init__(
-        self, num_experts: int, shape: tuple[int, ...], kept: ExpertShapes, form: LowBitForm
-    ) -> None:
-        """Room for ``num_experts`` matrices of ``shape``, of undefined content."""
-        super().__init__()
-        self.form, self.is_transposed = form, kept.is_transposed
-        rows, self.num_columns = shape[::-1] if kept.is_transposed else shape
-        place = (num_experts, rows)
-        groups = (*place, form.num_groups(self.num_columns))
-        codes = torch.empty(*place, form.row_bytes(self.num_columns), dtype=torch.uint8)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", torch.empty(groups, dtype=torch.bfloat16))
-        self.register_buffer("zero", torch.empty(groups, dtype=torch.uint8))
+    Returns what :func:`restore_layers` needs: let it go to save the memory.
 
-    @torch.no_grad()
-    def write(self, index: int, matrix: Tensor) -> None:
-        """Quantise ``matrix``, in the layer's layout, into the place of expert ``index``."""
-        parts = quantise(matrix.transpose(-2, -1) if self.is_transposed else matrix, self.form)
-        for buffer, part in zip(self._parts(), parts, strict=True):
-            buffer[index] = part
-
-    def dense(self, index: int, dtype: torch.dtype) -> Tensor:
-        """Expert ``index``'s matrix in the layer's layout."""
-        codes, scale, zero = (part[index] for part in self._parts())
-        matrix = dequantise(codes, scale, zero, self.form, self.num_columns, dtype)
-        return matrix.T if self.is_transposed else matrix
-
-    def _parts(self) -> tuple[Tensor, ...]:
-        return cast(Tensor, self.codes), cast(Tensor, self.scale), cast(Tensor, self.zero)
+    Raises:
+        UserError: a weight is NaN or infinite, or the layer is quantised already; it is not changed then.
+    """
+    _refuse_what_cannot_be(layer)
+    fused, slots = seam.fused_weights(layer), seam.slots_of(layer)
+    bank = quantized_bank(layer, form)
+    if slots is None:
+        everyone = SlotPlan(num_experts=layer.num_experts, kept=tuple(range(layer.num_experts)))
+        install_slots(layer, everyone, None, bank)
+    else:
+        slots.frozen = bank
+        seam.set_fused(layer, {name: weight[:0].clone() for name, weight in fused.items()})
+    return Originals(fused=fused, had_slots=slots is not None)
 
 
-class QuantizedBank(nn.Module):
-    """Frozen experts in few bits, a bank of :mod:`fedexperts.moe.rows`; all its tensors are buffers."""
-
-    def __init__(self, num_experts: int, kept: ExpertShapes, form: LowBitForm) -> None:
-        """Room for ``num_experts`` experts, of undefined content until :meth:`write`."""
-        super().__init__()
-        self.num_experts, self.kept, self.form = num_experts, kept, form
-        self.matrices, self.biases = nn.ModuleDict(), nn.Module()
-        for name, shape in kept.shapes.items():
-            if len(shape) == 2:
-                self.matrices[name] = PackedMatrices(num_experts, shape, kept, form)
-            else:
-                self.biases.register_buffer(name, torch.empty(num_experts, *shape, dtype=kept.dtype))
-
-    @torch.no_grad()
-    def write(self, index: int, weights: Mapping[str, Tensor]) -> None:
-        """Quantise one expert, as :meth:`MoeLayer.expert` gives it, into place ``index``.
-
-        Raises:
-            UserError: a shape is not that of the bank's experts, or a value is NaN or infinite.
-        """
-        found = {name: tuple(weight.shape) for name, weight in weights.items()}
-        if found != dict(self.kept.shapes):
-            raise UserError(f"expert {index} has tensors {found}, but the bank holds {self.kept.shapes}")
-        for name, weight in weights.items():
-            if name in self.matrices:
-                self._matrices(name).write(index, weight)
-            else:
-                self._bias(name)[index] = weight
-
-    def _matrices(self, name: str) -> PackedMatrices:
-        return cast(PackedMatrices, self.matrices[name])
-
-    def _bias(self, name: str) -> Tensor:
-        return cast(Tensor, getattr(self.biases, name))
-
-    def expert(self, index: int) -> dict[str, Tensor]:
-        """Dense weights of one expert, in the layer's layout and dtype."""
-        dtype = self.kept.dtype
-        return {
-            name: self._matrices(name).dense(index, dtype)
-            if name in self.matrices
-            else self._bias(name)[index]
-            for name in self.kept.shapes
-        }
-
-    def trained(self) -> dict[str, Tensor]:
-        """Nothing: what is in few bits has no gradient."""
-        return {}
-
-    def num_bytes(self) -> int:
-        """Bytes of all its tensors: codes, scales, zero points and biases."""
-        return num_bytes(dict(self.named_buffers()))
-
-    def num_dense_bytes(self) -> int:
-        """Bytes that its experts would take in their own dtype."""
-        values = sum(torch.Size(shape).numel() for shape in self.kept.shapes.values())
-        return self.num_experts * values * self.kept.dtype.itemsize
-
-
-def quantised_bank(layer: MoeLayer, form: LowBitForm) -> QuantizedBank:
-    """A bank of all of a layer's experts; the layer itself is not changed.
+def quantized_bank(layer: MoeLayer, form: LowBitForm) -> QuantizedBank:
+    """A bank of the experts in a layer's fused parameters; the layer itself is not changed.
 
     Raises:
         UserError: a weight is NaN or infinite; the sentence names layer and expert.
     """
-    return bank_of(
-        (layer.expert(expert) for expert in range(layer.num_experts)),
-        layer.num_experts,
-        ExpertShapes.of_layer(layer),
-        form,
-        name=layer.name,
-    ).to(next(layer.experts.parameters()).device)
+    fused, kept = seam.fused_weights(layer), ExpertShapes.of_layer(layer)
+    num_stored = len(next(iter(fused.values())))
+    each = ({name: weight[index] for name, weight in fused.items()} for index in range(num_stored))
+    return bank_of(each, num_stored, kept, form, name=layer.name).to(layer.device())
 
 
-def bank_of(
-    experts: Iterable[Mapping[str, Tensor]], num_experts: int, kept: ExpertShapes, form: LowBitForm, name: str
-) -> QuantizedBank:
-    """A bank of ``num_experts`` experts that come one by one, say from disk; ``name`` is told in errors.
+def quantize_experts(
+    layers: Sequence[MoeLayer], form: LowBitForm, *, is_keeping_originals: bool = False
+) -> list[Originals]:
+    """:func:`quantize_layer` for each of ``layers``.
 
-    Raises:
-        UserError: as :meth:`QuantizedBank.write` does, with the expert's name.
-    """
-    bank, index = QuantizedBank(num_experts, kept, form), -1
-    for index, weights in enumerate(experts):
-        try:
-            bank.write(index, weights)
-        except UserError as error:
-            raise UserError(f"expert {index} of layer {name}: {error}") from error
-    assert index + 1 == num_experts, f"{index + 1} experts came instead of {num_experts}"
-    return bank
-
-
-def save_banks(path: Path, banks: Mapping[str, QuantizedBank]) -> None:
-    """Write banks by layer name into one safetensors file, with all that :func:`load_banks` needs."""
-    tensors = {
-        f"{name}.{key}": tensor.contiguous()
-        for name, bank in banks.items()
-        for key, tensor in bank.state_dict().items()
-    }
-    described = {name: _describe(bank) for name, bank in banks.items()}
-    save_file(tensors, path, metadata={_FORMAT: str(_FORMAT_VERSION), "banks": json.dumps(described)})
-
-
-def _describe(bank: QuantizedBank) -> dict[str, Any]:
-    return {
-        "num_experts": bank.num_experts,
-        "form": asdict(bank.form),
-        "shapes": dict(bank.kept.shapes),
-        "dtype": str(bank.kept.dtype).removeprefix("torch."),
-        "is_transposed": bank.kept.is_transposed,
-    }
-
-
-def load_banks(path: Path) -> dict[str, QuantizedBank]:
-    """The banks that :func:`save_banks` wrote, bit for bit.
+    Returns what :func:`restore_layers` needs if ``is_keeping_originals``; else a layer's dense weights are
+    let go before the next layer's turn, and the list is empty.
 
     Raises:
-        UserError: the file is missing, damaged, or not such a file.
+        UserError: as :func:`quantize_layer` does; no layer is changed then.
     """
-    if not path.is_file():
-        raise UserError(f"there is no file {path} of quantised experts")
+    for layer in layers:
+        _refuse_what_cannot_be(layer)
+    originals = []
+    for layer in layers:
+        before = quantize_layer(layer, form)
+        if is_keeping_originals:
+            originals.append(before)
+        del before
+    return originals
+
+
+def _refuse_what_cannot_be(layer: MoeLayer) -> None:
+    slots = seam.slots_of(layer)
+    if slots is not None and slots.frozen is not None:
+        raise UserError(f"the frozen experts of layer {layer.name} are in a bank already: restore them first")
+    for name, fused in seam.fused_weights(layer).items():
+        for index, weight in enumerate(fused):
+            if not is_finite(weight):
+                what = f"expert {index} of layer {layer.name}"
+                raise UserError(f"{what} cannot be quantised: its {name} has a NaN or an infinity")
+
+
+def restore_layers(layers: Sequence[MoeLayer], originals: Sequence[Originals]) -> None:
+    """Undo :func:`quantize_experts`, bit for bit."""
+    for layer, before in zip(layers, originals, strict=True):
+        if before.had_slots:
+            seam.slots_of(layer).frozen = None
+            seam.set_fused(layer, before.fused)
+        else:
+            restore_layer(layer, before.fused)
+
+
+@contextmanager
+def quantized(layers: Sequence[MoeLayer], form: LowBitForm) -> Iterator[None]:
+    """:func:`quantize_experts` for the length of a ``with`` block; the dense weights stay in memory."""
+    originals = quantize_experts(layers, form, is_keeping_originals=True)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get(_FORMAT) != str(_FORMAT_VERSION):
-                raise UserError(f"{path} holds no quantised experts of format {_FORMAT_VERSION}")
-            described = json.loads(metadata["banks"])
-            return {name: _read_bank(file, name, text) for name, text in described.items()}
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged or cut short ({error})") from error
+        yield
+    finally:
+        restore_layers(layers, originals)
 
 
-def _read_bank(file: Any, name: str, described: Mapping[str, Any]) -> QuantizedBank:
-    kept = ExpertShapes(
-        shapes={key: tuple(shape) for key, shape in described["shapes"].items()},
-        dtype=getattr(torch, described["dtype"]),
-        is_transposed=described["is_transposed"],
+@dataclass(frozen=True, kw_only=True)
+class QuantizationReport:
+    """How much of a model's experts is in few bits: looked up in the model, not remembered."""
+
+    num_experts: int
+    """Experts that are stored: kept, merged and tuned ones where layers have slots."""
+    num_quantized: int
+    """Those in few bits."""
+    packed_bytes: int
+    """Of the quantised experts, as they are."""
+    dense_bytes: int
+    """Of the quantised experts, had they stayed in their dtype."""
+    plain_expert_bytes: int
+    """Of the experts that are not quantised."""
+    rest_bytes: int
+    """Of everything else: attention, router, shared expert, embeddings, norms, adapters."""
+
+    def sentence(self) -> str:
+        """All of it, for people; megabytes of 10^6 bytes."""
+        packed, dense, plain, rest = (
+            f"{amount / 1e6:,.1f} MB"
+            for amount in (self.packed_bytes, self.dense_bytes, self.plain_expert_bytes, self.rest_bytes)
+        )
+        missed = self.num_experts - self.num_quantized
+        others = f"{missed} experts are not quantised ({plain}); " if missed else ""
+        return (
+            f"quantised {self.num_quantized} of {self.num_experts} experts, {dense} to {packed}; {others}"
+            f"attention, router, shared expert and all else left alone ({rest})"
+        )
+
+
+def quantization_report(model: nn.Module) -> QuantizationReport:
+    """Count the experts of ``model``, which need not have been quantised here or at all.
+
+    Raises:
+        UserError: the model has no MoE layers.
+    """
+    banks = [bank for layer in seam.find_moe_layers(model) for bank in _banks(layer)]
+    ours = [bank for bank in banks if isinstance(bank, QuantizedBank)]
+    plain_bytes = sum(bank.num_experts * num_bytes(bank.expert(0)) for bank in banks if bank not in ours)
+    packed_bytes = sum(bank.num_bytes() for bank in ours)
+    all_bytes = num_bytes(dict(model.named_parameters()) | dict(model.named_buffers()))
+    return QuantizationReport(
+        num_experts=sum(bank.num_experts for bank in banks),
+        num_quantized=sum(bank.num_experts for bank in ours),
+        packed_bytes=packed_bytes,
+        dense_bytes=sum(bank.num_dense_bytes() for bank in ours),
+        plain_expert_bytes=plain_bytes,
+        rest_bytes=all_bytes - packed_bytes - plain_bytes,
     )
-    bank = QuantizedBank(described["num_experts"], kept, LowBitForm(**described["form"]))
-    bank.load_state_dict({key: file.get_tensor(f"{name}.{key}") for key in bank.state_dict()})
-    return bank
+
+
+def _banks(layer: MoeLayer) -> list[Any]:
+    slots = seam.slots_of(layer)
+    return [FusedExperts(layer.experts)] if slots is None else list(slots.banks(layer.experts))

@@ -1,0 +1,307 @@
+"""Models in which experts share slots: from disk, in place, back again, and out as a plain checkpoint.
+
+A compact model (:mod:`fedexperts.moe.slots`) keeps some experts and merges the others into few. Made straight
+from disk it never holds more than itself and one expert: transformers loads everything but the routed
+experts, whose fused parameters are made empty beforehand, and the slots are filled one expert at a time.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from fedexperts.errors import UserError
+from fedexperts.models.checkpoint import Checkpoint
+from fedexperts.moe import seam
+from fedexperts.moe.low_bit import LowBitForm
+from fedexperts.moe.low_bit_bank import ExpertShapes, QuantizedBank
+from fedexperts.moe.merge import merge_weights
+from fedexperts.moe.seam import MoeLayer
+from fedexperts.moe.slots import SlotPlan, install_slots, restore_layer, split_layer
+
+Weights = Mapping[str, Tensor]
+"""One expert's, by fused parameter name."""
+GroupMerge = Callable[[int, tuple[int, ...], Iterable[Weights]], Weights]
+"""Weights of the expert that stands for a group: ``(MoE layer, experts of the group, their weights)``, the
+last made one by one as they are asked for. Who has the weights already does not look at the members."""
+
+
+def merge_by_shares(shares_LE: Sequence[Tensor]) -> GroupMerge:
+    """Eq. 2's weighted mean, by layer with the shares (E,) of its experts; one member in memory at a time."""
+
+    def merge(layer: int, group: tuple[int, ...], members: Iterable[Weights]) -> Weights:
+        return merge_weights(members, [float(shares_LE[layer][expert]) for expert in group])
+
+    return merge
+
+
+def load_compact(
+    folder: Path,
+    plans: Sequence[SlotPlan],
+    merge: GroupMerge,
+    *,
+    dtype: torch.dtype | None = None,
+    form: LowBitForm | None = None,
+) -> Any:
+    """The model of a checkpoint with its experts in slots, frozen but for the tuned ones, in the seat.
+
+    Args:
+        folder: as ``save_pretrained`` leaves it.
+        plans: by MoE layer what becomes of each expert.
+        merge: called once for each merged group.
+        dtype: of the weights; by default the checkpoint's own.
+        form: if given, kept and merged experts are quantised as they are read.
+
+    Raises:
+        UserError: the checkpoint is damaged or not supported, or the plans are another model's.
+    """
+    checkpoint = Checkpoint(folder, dtype)
+    _check_plans(plans, checkpoint.layers)
+    model = _load_rest(checkpoint).requires_grad_(False)
+    seam.take_seat(model)
+    for stored, empty, plan in zip(checkpoint.layers, seam.find_moe_layers(model), plans, strict=True):
+        layer = replace(empty, num_experts=stored.num_experts)
+        tuned = _stacked([checkpoint.expert(layer.index, expert) for expert in plan.tuned])
+        store = _Stacked(stored, plan.num_frozen) if form is None else _Packed(stored, plan.num_frozen, form)
+        for slot, weights in enumerate(_frozen(checkpoint, layer.index, plan, merge)):
+            store.write(slot, weights)
+        install_slots(layer, plan, tuned, store.made())
+    _refuse_saving(model)
+    return model
+
+
+class _Store(Protocol):
+    def write(self, slot: int, weights: Weights) -> None: ...
+
+    def made(self) -> Mapping[str, Tensor] | nn.Module: ...
+
+
+class _Stacked:
+    """Frozen slots as they are."""
+
+    def __init__(self, layer: MoeLayer, num_slots: int) -> None:
+        shapes = {name: getattr(layer.experts, name) for name in layer.parameter_names()}
+        self._weights = {
+            name: torch.empty(num_slots, *like.shape[1:], dtype=like.dtype) for name, like in shapes.items()
+        }
+
+    def write(self, slot: int, weights: Weights) -> None:
+        for name, weight in weights.items():
+            self._weights[name][slot] = weight
+
+    def made(self) -> Mapping[str, Tensor]:
+        return self._weights
+
+
+class _Packed:
+    """Frozen slots in few bits."""
+
+    def __init__(self, layer: MoeLayer, num_slots: int, form: LowBitForm) -> None:
+        self._bank = QuantizedBank(num_slots, ExpertShapes.of_layer(layer), form)
+        self._name = layer.name
+
+    def write(self, slot: int, weights: Weights) -> None:
+        try:
+            self._bank.write(slot, weights)
+        except UserError as error:
+            raise UserError(f"slot {slot} of layer {self._name}: {error}") from error
+
+    def made(self) -> nn.Module:
+        return self._bank
+
+
+def _frozen(checkpoint: Checkpoint, layer: int, plan: SlotPlan, merge: GroupMerge) -> Iterator[Weights]:
+    """Kept experts, then merged ones, in the order of their slots."""
+    yield from (checkpoint.expert(layer, expert) for expert in plan.kept)
+    for group in plan.merged:
+        yield merge(layer, group, (checkpoint.expert(layer, expert) for expert in group))
+
+
+def _stacked(experts: Sequence[Weights]) -> dict[str, Tensor] | None:
+    return {name: torch.stack([one[name] for one in experts]) for name in experts[0]} if experts else None
+
+
+def _check_plans(plans: Sequence[SlotPlan], layers: Sequence[MoeLayer]) -> None:
+    if len(plans) != len(layers):
+        raise UserError(f"{len(plans)} plans for a model of {len(layers)} MoE layers")
+    for layer, plan in zip(layers, plans, strict=True):
+        if plan.num_experts != layer.num_experts:
+            raise UserError(
+                f"plan for {plan.num_experts} experts, but layer {layer.name} has {layer.num_experts}"
+            )
+
+
+def _load_rest(checkpoint: Checkpoint) -> Any:
+    """The model with all that is not a routed expert; its fused parameters hold no expert."""
+    kind = type(checkpoint.skeleton)
+    nothing = {
+        f"{layer.name}.{name}": torch.empty(
+            0, *getattr(layer.experts, name).shape[1:], dtype=checkpoint.dtype
+        )
+        for layer in checkpoint.layers
+        for name in layer.parameter_names()
+    }
+    # from_pretrained does all that a family wants (tied weights, rotary buffers, parameters kept in float32).
+    model, info = _without_experts(kind).from_pretrained(
+        None,
+        config=checkpoint.config,
+        state_dict=checkpoint.rest() | nothing,
+        dtype=checkpoint.dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    for name in sorted(info["missing_keys"]):
+        raise UserError(f"checkpoint {checkpoint.folder} has no tensor {name}")
+    for name, *_ in sorted(info["mismatched_keys"]):
+        raise UserError(f"tensor {name} of {checkpoint.folder} has another shape than config.json says")
+    model.__class__ = kind
+    model.config.name_or_path = str(checkpoint.folder)
+    return model
+
+
+def _without_experts(kind: type[PreTrainedModel]) -> Any:
+    """``kind`` with fused parameters of no expert, of its name and module, which transformers looks at."""
+
+    class Shell(kind):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            for layer in seam.find_moe_layers(self):
+                seam.set_fused(layer, {name: w[:0] for name, w in seam.fused_weights(layer).items()})
+
+    Shell.__name__, Shell.__qualname__, Shell.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    return Shell
+
+
+def compact_model(
+    model: Any, plans: Sequence[SlotPlan], merge: GroupMerge, *, is_keeping_originals: bool = False
+) -> list[dict[str, Tensor]]:
+    """Put the experts of a live model in the seat into slots, layer by layer.
+
+    Returns the fused weights (E, ...) by layer for :func:`restore_model` if ``is_keeping_originals``; else
+    they are let go as each layer is done, and the list is empty.
+
+    Raises:
+        UserError: the plans are another model's, or the model is compact already.
+    """
+    layers, originals = seam.find_moe_layers(model), []
+    _check_plans(plans, layers)
+    for layer in layers:
+        if seam.slots_of(layer) is not None:
+            raise UserError(f"layer {layer.name} has slots already: restore the model first")
+    for layer, plan in zip(layers, plans, strict=True):
+        members = ((group, (layer.expert(expert) for expert in group)) for group in plan.merged)
+        fused = split_layer(layer, plan, [merge(layer.index, group, weights) for group, weights in members])
+        if is_keeping_originals:
+            originals.append(fused)
+    _refuse_saving(model)
+    return originals
+
+
+def restore_model(model: Any, originals: Sequence[Mapping[str, Tensor]] | Checkpoint) -> None:
+    """Undo :func:`compact_model` or :func:`load_compact` bit for bit: from memory, or by layer from disk."""
+    for layer in seam.find_moe_layers(model):
+        if isinstance(originals, Checkpoint):
+            fused = originals.fused(layer.index)
+        else:
+            fused = dict(originals[layer.index])
+        restore_layer(layer, {name: weight.to(layer.device()) for name, weight in fused.items()})
+    _allow_saving(model)
+
+
+def _refuse_saving(model: Any) -> None:
+    model.save_pretrained = functools.partial(_explain_why_not, model.config.model_type)
+
+
+def _allow_saving(model: Any) -> None:
+    vars(model).pop("save_pretrained", None)
+
+
+def _explain_why_not(model_type: str, *_: Any, **__: Any) -> None:
+    raise UserError(
+        f"this {model_type} model is compact, and no plain checkpoint can say which experts share a slot: "
+        "write one in which they are copies with fedexperts.models.compact.export_model, or restore it first"
+    )
+
+
+@torch.no_grad()
+def export_model(model: Any, folder: Path) -> None:
+    """Write a compact model as a checkpoint that transformers loads as it is: one shard for each MoE layer.
+
+    Experts that share a slot are written as copies of it and dropped ones as zeros, which give nothing. So
+    the router stays as it is and the logits stay the same; and the folder is as large as the full model's. A
+    smaller ``num_experts`` could not do it: a router of fewer outputs would not choose as the full one does.
+
+    Raises:
+        UserError: the model has tensors that a plain one has no place for (LoRA, grafts).
+    """
+    layers = seam.find_moe_layers(model)
+    of_slots = tuple(f"{seam.slots_name(layer)}." for layer in layers)
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(of_slots)}
+    _refuse_strangers(model, own)
+    folder.mkdir(parents=True, exist_ok=True)
+    fused = {f"{layer.name}.{name}" for layer in layers for name in layer.parameter_names()}
+    rest = {name: tensor for name, tensor in own.items() if name not in fused}
+    writer = _ShardWriter(model, folder, num_shards=len(layers) + 1)
+    writer.write(remove_tied_weights_from_state_dict(rest, model))
+    for layer in layers:
+        writer.write({f"{layer.name}.{name}": weight for name, weight in _copies(layer).items()})
+    writer.finish()
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _refuse_strangers(model: Any, own: Mapping[str, Tensor]) -> None:
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(model.config).state_dict()
+    for name in own:
+        if name not in plain:
+            raise UserError(
+                f"tensor {name} has no place in a plain checkpoint: take it out of the model first"
+            )
+
+
+def _copies(layer: MoeLayer) -> dict[str, Tensor]:
+    """Fused weights (E, ...) in which each expert is what runs for it, in the dtype of the layer's own."""
+    like = {name: getattr(layer.experts, name) for name in layer.parameter_names()}
+    fused = {
+        name: torch.zeros(layer.num_experts, *weight.shape[1:], dtype=weight.dtype)
+        for name, weight in like.items()
+    }
+    slots = seam.slots_of(layer)
+    for expert in range(layer.num_experts):
+        if slots is None or expert not in slots.plan.dropped:
+            for name, weight in layer.expert(expert).items():
+                fused[name][expert] = weight
+    return fused
+
+
+class _ShardWriter:
+    """Shards with the names that the family has on disk, and their index."""
+
+    def __init__(self, model: Any, folder: Path, num_shards: int) -> None:
+        self._model, self._folder, self._num_shards = model, folder, num_shards
+        self._shard_of: dict[str, str] = {}
+        self._num_written = self._num_bytes = 0
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        on_disk = revert_weight_conversion(self._model, dict(tensors))
+        self._num_written += 1
+        shard = f"model-{self._num_written:05d}-of-{self._num_shards:05d}.safetensors"
+        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in on_disk.items()}
+        save_file(ready, self._folder / shard, metadata={"format": "pt"})
+        self._shard_of |= dict.fromkeys(ready, shard)
+        self._num_bytes += sum(tensor.nbytes for tensor in ready.values())
+
+    def finish(self) -> None:
+        index = {"metadata": {"total_size": self._num_bytes}, "weight_map": self._shard_of}
+        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
