@@ -9,10 +9,10 @@ Shape suffixes: ``T`` tokens, ``R`` tokens that are routed to some expert of a g
 top-k, ``M`` label tokens, ``V`` entries of the vocabulary.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,10 @@ from torch.nn import functional
 from fedexperts.errors import UserError
 from fedexperts.moe import seam
 from fedexperts.moe.activations import LayerActivations
-from fedexperts.moe.forward_pass import TokenBatch, evaluation_mode
+from fedexperts.moe.forward_pass import evaluation_mode
+from fedexperts.moe.label_logits import LabelledBatch, label_logits
 from fedexperts.moe.seam import MoeLayer
 from fedexperts.moe.slots import SlotPlan
-
-_IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -96,14 +95,6 @@ def layer_error(
     return float(norm(error_TD) / norm(activations.routed_TD.float()))
 
 
-class LabelledBatch(TokenBatch, Protocol):
-    """Padded token ids and what is to be predicted."""
-
-    @property
-    def labels(self) -> Tensor:
-        """The token's own id, or -100 where none is learnt, int64 (batch, length)."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelError:
     """What a change of the model does to its predictions of the label tokens, means over them."""
@@ -144,16 +135,9 @@ def model_error(
 
 
 @torch.no_grad()
-def _log_probabilities(model: Any, batches: Iterable[LabelledBatch]) -> Iterable[tuple[Tensor, Tensor]]:
+def _log_probabilities(model: Any, batches: Iterable[LabelledBatch]) -> Iterator[tuple[Tensor, Tensor]]:
     """By batch the log-probabilities where a label follows, float32 (M, V), and the labels (M,)."""
-    device = next(model.parameters()).device
     for batch in batches:
         with evaluation_mode(model):
-            logits = model(
-                input_ids=batch.input_ids.to(device),
-                attention_mask=batch.attention_mask.to(device),
-                use_cache=False,
-            ).logits
-        row_M, column_M = torch.nonzero(batch.labels[:, 1:] != _IGNORED_LABEL, as_tuple=True)
-        label_M = batch.labels[row_M, column_M + 1]
-        yield logits[row_M.to(device), column_M.to(device)].float().log_softmax(dim=-1).cpu(), label_M.cpu()
+            logits_MV, label_M, _ = label_logits(model, batch)
+        yield logits_MV.float().log_softmax(dim=-1).cpu(), label_M.cpu()

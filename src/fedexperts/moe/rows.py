@@ -228,18 +228,22 @@ class _Back:
         (grad_before,) = torch.autograd.grad(after, before, self._scale * grad)
         return grad_before, (grad * after.detach()).sum(dim=-1)
 
+    def _last_input(self) -> tuple[Tensor, Tensor | None]:
+        """What the last product saw, and the factor of its bias unless that is 1."""
+        gated = self._gated.detach()
+        return (gated, None) if seam.has_norm(self._experts) else (self._scale * gated, self._scale)
+
     def row_gradients(self, token: Tensor, hidden_TD: Tensor, grad_inner: Tensor) -> RowGradients:
         """What a gradient watch is given; after :meth:`leave`."""
-        factor = torch.ones_like(self._scale) if seam.has_norm(self._experts) else self._scale
+        gated, scale = self._last_input()
+        factor = torch.ones_like(self._scale) if scale is None else scale.detach()
         return RowGradients(
-            token, hidden_TD[token], grad_inner, self._last_input, self._grad_last, factor.detach()
+            token, hidden_TD.index_select(0, token), grad_inner, gated, self._grad_last, factor
         )
 
     def weight_gradients(self, rows: Tensor, grad_inner: Tensor) -> dict[str, Tensor]:
         """By parameter name; after :meth:`leave`."""
-        gated, bias_scale = self._gated.detach(), None
-        if not seam.has_norm(self._experts):
-            gated, bias_scale = self._scale * gated, self._scale
+        gated, bias_scale = self._last_input()
         return seam.entry_gradients(self._experts, rows, grad_inner) | seam.exit_gradients(
             self._experts, gated, self._grad_last, bias_scale
         )
