@@ -191,3 +191,59 @@ def test_graft_is_float32_beside_a_bfloat16_model() -> None:
         graft = seam.addition_of(layers[0])
         assert {parameter.dtype for parameter in graft.parameters()} == {torch.float32}
         assert torch.equal(graft.weights["down_proj"].bfloat16(), layers[0].experts.down_proj[1])
+
+
+@pytest.mark.parametrize("form", [GraftForm(gate_bias=-0.5), GraftForm(lora_rank=2)])
+def test_gated_outputs_of_several_grafts_add_up(qwen: Seated, form: GraftForm) -> None:
+    experts, hidden = qwen.layers[0].experts, hidden_of()
+    index, weights = torch.arange(18).reshape(9, 2) % 6, torch.full((9, 2), 0.3)
+
+    def run(chosen: list[int | list[int]]) -> Tensor:
+        with torch.no_grad(), grafted(qwen.layers[:1], chosen, form, 0):
+            return experts(hidden, index, weights)
+
+    with torch.no_grad():
+        routed = experts(hidden, index, weights)
+    one, other, both = run([1]), run([4]), run([[1, 4]])
+    # float32: the same three terms in another order
+    torch.testing.assert_close(both, one + other - routed, rtol=1e-5, atol=1e-6)
+    assert torch.equal(run([[4]]), other)
+
+
+def test_convex_mix_of_several_is_the_mean_of_each_alone(qwen: Seated) -> None:
+    experts, hidden = qwen.layers[0].experts, hidden_of()
+    index, weights = torch.arange(18).reshape(9, 2) % 6, torch.full((9, 2), 0.3)
+    alone: list[Tensor] = []
+    with torch.no_grad():
+        for chosen in ([1], [4], [[1, 4]]):
+            with grafted(qwen.layers[:1], chosen, GraftForm(mix="convex"), 0):
+                alone.append(experts(hidden, index, weights))
+    torch.testing.assert_close(alone[2], (alone[0] + alone[1]) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_several_closed_gates_are_the_base_model_bit_for_bit(qwen: Seated) -> None:
+    with grafted(qwen.layers, [[0, 2, 5], [1, 3, 4]], GraftForm(gate_init="zero", gate_bias=-1e4), 0):
+        assert torch.equal(qwen.logits(), qwen.stock_logits)
+
+
+def test_each_of_several_grafts_learns(qwen: Seated) -> None:
+    with grafted(qwen.layers, [[0, 2], [1, 3]], GraftForm(), 0) as names:
+        qwen.loss().backward()
+        moved = {n for n, p in qwen.model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert moved == set(names)
+    assert {name.split(".graft.")[1].split(".")[0] for name in names} == {"0", "1"}
+
+
+def test_equal_experts_in_several_places_start_lora_from_different_numbers(qwen: Seated) -> None:
+    with grafted(qwen.layers, [[2, 2], [1, 3]], GraftForm(lora_rank=2), 0):
+        first, second = seam.addition_of(qwen.layers[0])
+        assert not torch.equal(first.lora_A["down_proj"], second.lora_A["down_proj"])
+
+
+def test_meter_means_over_the_gates_of_a_layer(qwen: Seated) -> None:
+    meter = GateMeter()
+    form = GraftForm(gate_init="zero")
+    with grafted(qwen.layers, [[1, 2], [3, 4]], form, 0), seam.watch_experts(qwen.layers, meter.see):
+        seam.addition_of(qwen.layers[1])[0].gate_bias.data.fill_(-1e4)
+        qwen.logits()
+    assert meter.means() == {0: 0.5, 1: 0.25}

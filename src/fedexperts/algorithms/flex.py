@@ -23,18 +23,21 @@ from fedexperts.moe import seam
 from fedexperts.moe.graft import GateMeter, GraftForm
 from fedexperts.moe.reconstruct import choose_experts, reconstruction_losses
 from fedexperts.moe.seam import MoeLayer
+from fedexperts.moe.subsets import LARGEST, choose_subsets
 from fedexperts.tensors import Tensors
 
 CHOSEN = "chosen_experts"
-"""Personal tensor: the copied expert of each MoE layer, int64, shape (L,)."""
+"""Personal tensor: the copied expert of each MoE layer, int64 (L,), or (L, num_grafts) with several."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flex:
-    """Shared LoRA on non-experts, one private grafted expert per MoE layer."""
+    """Shared LoRA on non-experts, one private grafted expert per MoE layer, or several."""
 
     graft: GraftForm = field(default_factory=GraftForm)
     """How the grafted expert is built and joined."""
+    num_grafts: int = 1
+    """Grafted experts per MoE layer, 1 (as the paper has it) to 8, each behind its own gate (reading 5)."""
     graft_lr_scale: float = 1.0
     """Learning rate of the grafted expert as a multiple of ``training.lr``."""
     gate_lr_scale: float = 1.0
@@ -51,6 +54,8 @@ class Flex:
                 raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.calibration_examples < 1:
             raise UserError(f"calibration_examples must be at least 1, not {self.calibration_examples}")
+        if not 1 <= self.num_grafts <= LARGEST:
+            raise UserError(f"num_grafts must be from 1 to {LARGEST}, not {self.num_grafts}")
         if len(set(self.layers)) < len(self.layers):
             raise UserError(f"layers must not name a layer twice, but is {list(self.layers)}")
 
@@ -64,7 +69,13 @@ class Flex:
                 raise UserError(
                     f"algorithm.layers has {index}: the MoE layers are 0 to {len(parts.layers) - 1}"
                 )
-        return tuple(layer for layer in parts.layers if not self.layers or layer.index in self.layers)
+        layers = tuple(layer for layer in parts.layers if not self.layers or layer.index in self.layers)
+        fewest = min(layer.num_experts for layer in layers)
+        if self.num_grafts > fewest:
+            raise UserError(
+                f"algorithm.num_grafts is {self.num_grafts}: a layer has only {fewest} experts to copy"
+            )
+        return layers
 
     def personal_names(self, parts: ModelParts) -> tuple[str, ...]:
         """Parameters of the grafts now in the model."""
@@ -73,7 +84,8 @@ class Flex:
 
     def blank_personal(self, parts: ModelParts) -> Tensors:
         """Expert 0 chosen everywhere: grafts are of one size whichever is copied."""
-        return {CHOSEN: torch.zeros(len(self._layers(parts)), dtype=torch.int64)}
+        several = () if self.num_grafts == 1 else (self.num_grafts,)
+        return {CHOSEN: torch.zeros(len(self._layers(parts)), *several, dtype=torch.int64)}
 
     def init(self, parts: ModelParts) -> ServerState:
         """LoRA's start."""
@@ -96,8 +108,13 @@ class Flex:
     def _choose(self, client: Client) -> Tensor:
         """Eq. 4 on the pretrained model: LoRA's B is still zero here, whatever has been averaged since."""
         batches = client.calibration_batches(self.calibration_examples)
-        losses = reconstruction_losses(client.parts.model, self._layers(client.parts), batches)
-        return torch.tensor(choose_experts(losses), dtype=torch.int64)
+        model, layers = client.parts.model, self._layers(client.parts)
+        if self.num_grafts == 1:
+            return torch.tensor(choose_experts(reconstruction_losses(model, layers, batches)))
+        choices = choose_subsets(
+            model, layers, batches, self.num_grafts, seed=client.derive_seed("calibration")
+        )
+        return torch.tensor([choice.experts for choice in choices])
 
     def client_update(
         self, client: Client, personal: Tensors, tensors: Mapping[str, Tensor]

@@ -1,7 +1,7 @@
-"""GraftedExpert: one personal expert beside whatever is at the seam, behind a sigmoid gate (FLEx, eq. 2).
+"""Personal experts beside whatever is at the seam, each behind a sigmoid gate of its own (FLEx, eq. 2).
 
-With routed output ``M(x)``, graft ``S`` and gate ``g, b``: ``y = M(x) + sigmoid(g·x + b) S(x)``. The frozen
-experts, the router and the shared expert stay untouched.
+With routed output ``M(x)``, graft ``S`` and gate ``g, b``: ``y = M(x) + sigmoid(g·x + b) S(x)``; of several
+grafts the gated outputs are added up. The frozen experts, the router and the shared expert stay untouched.
 
 Shape suffixes: ``T`` tokens, ``D`` hidden.
 """
@@ -9,7 +9,7 @@ Shape suffixes: ``T`` tokens, ``D`` hidden.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,26 +94,60 @@ class GraftedExpert(nn.Module):
         return kept_TD + gate_T1 * grafted_TD
 
 
+class GraftedExperts(nn.ModuleList):
+    """Several grafts beside one layer: gated outputs add up, and of convex mixes the mean is taken."""
+
+    def openness(self, hidden_TD: Tensor) -> Tensor:
+        """Each gate's value per token, shape (T, number of grafts), in the dtype of ``hidden_TD``."""
+        return torch.cat([cast(GraftedExpert, one).openness(hidden_TD) for one in self], dim=-1)
+
+    def forward(self, experts: Any, hidden_TD: Tensor, routed_TD: Tensor) -> Tensor:
+        """The layer's output with the grafts, shape (T, D); see :class:`fedexperts.moe.seam.Addition`."""
+        grafts = [cast(GraftedExpert, one) for one in self]
+        if grafts[0].form.mix == "convex":
+            return torch.stack([one(experts, hidden_TD, routed_TD) for one in grafts]).mean(0)
+        output_TD = routed_TD
+        for one in grafts:
+            output_TD = one(experts, hidden_TD, output_TD)
+        return output_TD
+
+
 def _master(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().float().clone())
 
 
-def graft(layers: Sequence[MoeLayer], chosen: Sequence[int], form: GraftForm, seed: int) -> tuple[str, ...]:
-    """Graft a copy of expert ``chosen[i]`` beside ``layers[i]``; returns the names of the new parameters.
+Chosen = Sequence[int | Sequence[int]]
+"""Experts to copy, for each layer: one, or several."""
+
+
+def graft(layers: Sequence[MoeLayer], chosen: Chosen, form: GraftForm, seed: int) -> tuple[str, ...]:
+    """Graft a copy of expert ``chosen[i]`` beside ``layers[i]``, or of each expert where it names several.
+
+    Returns the names of the new parameters: under ``<experts>.graft``, or ``<experts>.graft.<position>`` of
+    several.
 
     Raises:
         UserError: a chosen index is not an expert of its layer.
     """
     # All are made before one is added, so that a mistake leaves the model as it was.
-    made = [
-        GraftedExpert(layer, expert, form, derive_seed(seed, "graft", layer.index))
-        for layer, expert in zip(layers, chosen, strict=True)
-    ]
+    made = [_made(layer, experts, form, seed) for layer, experts in zip(layers, chosen, strict=True)]
     names: list[str] = []
     for layer, one in zip(layers, made, strict=True):
         seam.add_to_layer(layer, one.to(next(layer.experts.parameters()).device))
         names += [f"{seam.addition_name(layer)}.{name}" for name, _ in one.named_parameters()]
     return tuple(names)
+
+
+def _made(
+    layer: MoeLayer, experts: int | Sequence[int], form: GraftForm, seed: int
+) -> GraftedExpert | GraftedExperts:
+    if isinstance(experts, int):
+        return GraftedExpert(layer, experts, form, derive_seed(seed, "graft", layer.index))
+    assert experts, "at least one expert is grafted"
+    return GraftedExperts(
+        GraftedExpert(layer, expert, form, derive_seed(seed, "graft", layer.index, position))
+        for position, expert in enumerate(experts)
+    )
 
 
 def ungraft(layers: Sequence[MoeLayer]) -> None:
@@ -125,7 +159,7 @@ def ungraft(layers: Sequence[MoeLayer]) -> None:
 
 @contextmanager
 def grafted(
-    layers: Sequence[MoeLayer], chosen: Sequence[int], form: GraftForm, seed: int
+    layers: Sequence[MoeLayer], chosen: Chosen, form: GraftForm, seed: int
 ) -> Iterator[tuple[str, ...]]:
     """:func:`graft` for the length of a ``with`` block, and :func:`ungraft` after it."""
     names = graft(layers, chosen, form, seed)
@@ -136,7 +170,7 @@ def grafted(
 
 
 class GateMeter:
-    """Mean openness of each layer's gate over the tokens seen while it watches."""
+    """Mean openness of each layer's gates over the tokens seen while it watches."""
 
     def __init__(self) -> None:
         """Nothing seen yet."""
@@ -146,12 +180,12 @@ class GateMeter:
     def see(self, layer: MoeLayer, hidden_TD: Tensor, *_: Tensor) -> None:
         """Add one layer's tokens; give this to :func:`fedexperts.moe.seam.watch_experts`."""
         with torch.no_grad():
-            opened = float(seam.addition_of(layer).openness(hidden_TD).float().sum())
+            opened = float(seam.addition_of(layer).openness(hidden_TD).float().mean(dim=-1).sum())
         self._sum[layer.index] = self._sum.get(layer.index, 0.0) + opened
         self._num_tokens[layer.index] = self._num_tokens.get(layer.index, 0) + hidden_TD.shape[0]
 
     def means(self) -> dict[int, float]:
-        """Mean openness by layer seen, from 0 (closed) to 1."""
+        """Mean openness by layer seen, from 0 (closed) to 1; of several gates the mean."""
         return {index: total / self._num_tokens[index] for index, total in self._sum.items()}
 
 

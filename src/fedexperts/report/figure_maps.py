@@ -1,6 +1,7 @@
 """The heat maps of a report: models by test examples, labels by client, experts by client."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from fedexperts.report import heatmaps, quantities
 from fedexperts.report.clients import (
@@ -144,7 +145,7 @@ def _routing_figure(
         f"Share of a client's tokens that its model sends to each of {num_experts} experts "
         f"(evenly: {100 / max(num_experts, 1):.3g} %), seed {run.seed}"
     )
-    note += "; outlined: the expert the client chose to graft." if any(one.outlined for one in maps) else "."
+    note += "; outlined: what the client chose to graft." if any(one.outlined for one in maps) else "."
     if len(shown) < num_layers:
         note += f" {len(shown)} of {num_layers} layers are drawn."
     return Figure(
@@ -167,21 +168,26 @@ def _percent(value: float) -> str:
     return f"{100 * value:.3g} %"
 
 
-def _chosen_experts(run: Run, models: Sequence[str]) -> dict[str, list[int]]:
+def _chosen_experts(run: Run, models: Sequence[str]) -> dict[str, list[Any]]:
+    """By client and layer the expert that was grafted, or a list of several."""
     clients = run.result["clients"]
     found = {name: clients.get(name, {}).get("chosen_experts") for name in models}
     return {name: experts for name, experts in found.items() if isinstance(experts, list)}
 
 
 def _routing_map(
-    title: str, shares: dict[str, list[list[float]]], layer: int, chosen: dict[str, list[int]]
+    title: str, shares: dict[str, list[list[float]]], layer: int, chosen: dict[str, list[Any]]
 ) -> HeatMap:
     clients = short_client_names([name for name in shares if name not in {"global", "base"}])
     names = [clients.get(name, name) for name in shares]
     outlined = {
-        (row, int(chosen[name][layer]))
+        (row, int(expert))
         for row, name in enumerate(shares)
-        if name in chosen and layer < len(chosen[name]) and finite(chosen[name][layer]) is not None
+        if name in chosen and layer < len(chosen[name])
+        for expert in (
+            chosen[name][layer] if isinstance(chosen[name][layer], list) else [chosen[name][layer]]
+        )
+        if finite(expert) is not None
     }
     num_experts = len(next(iter(shares.values()))[layer])
     return HeatMap(
