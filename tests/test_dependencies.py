@@ -20,6 +20,10 @@ EXTRAS = {extra: names(requirements) for extra, requirements in PROJECT["optiona
 ALL = CORE.union(*EXTRAS.values())
 
 
+IMPORTED_AS = {"sklearn": "scikit-learn"}
+"""Packages that are imported by another name."""
+
+
 def imported_by(folder):
     found = set()
     for path in (ROOT / folder).rglob("*.py"):
@@ -28,7 +32,7 @@ def imported_by(folder):
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 found.add((node.module or "").split(".")[0])
-    return {name.replace("_", "-") for name in found - sys.stdlib_module_names}
+    return {IMPORTED_AS.get(name, name).replace("_", "-") for name in found - sys.stdlib_module_names}
 
 
 def test_the_package_imports_what_it_declares_and_declares_what_it_imports():

@@ -61,13 +61,30 @@ def test_every_expert_is_in_one_group_of_its_layer_and_no_group_is_empty(drawn, 
 
 
 def test_layers_do_not_see_each_other():
-    vectors = [normal(12, 6, seed=1), normal(9, 6, seed=2)]
+    vectors = [normal(12, 6, seed=1), normal(9, 4, seed=2)]
     points = cluster._Points(vectors, [3, 2])
     centroids = points.first_centroids(torch.Generator().manual_seed(0))
     together, _ = points.converge(centroids)
-    alone, _ = cluster._Points(vectors[1:], [2]).converge(centroids[3:])
-    assert torch.equal(together[12:] - 3, alone)
-    assert together[:12].max() < 3
+    alone, _ = cluster._Points(vectors[1:], [2]).converge(centroids[1:, :, :2, :4])
+    assert torch.equal(together[1, :9], alone[0])
+    assert together[0, :12].unique().tolist() == [0, 1, 2]
+
+
+def test_groups_are_those_of_one_product_with_pairs_across_layers_at_infinity():
+    """The paper's form: all experts by all centroids, and a mask."""
+    vectors = [normal(12, 6, seed=1), normal(9, 6, seed=2)]
+    points = cluster._Points(vectors, [3, 2])
+    start = points.first_centroids(torch.Generator().manual_seed(0))
+    unit = torch.nn.functional.normalize(torch.cat(vectors), dim=1)
+    centroids = torch.cat([start[0, 0, :3], start[1, 0, :2]])
+    layer, layer_of = torch.tensor([0] * 12 + [1] * 9), torch.tensor([0, 0, 0, 1, 1])
+    for _ in range(50):
+        distance = (1 - unit @ centroids.T).masked_fill(layer[:, None] != layer_of, torch.inf)
+        group = distance.argmin(dim=1)
+        sums = torch.zeros_like(centroids).index_add_(0, group, unit)
+        centroids = torch.nn.functional.normalize(sums, dim=1)
+    found, _ = points.converge(start)
+    assert torch.equal(torch.cat([found[0, :12, 0], found[1, :9, 0] + 3]), group)
 
 
 def test_more_starts_are_never_worse():

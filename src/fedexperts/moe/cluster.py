@@ -2,8 +2,9 @@
 
 By weights, after Flux (arXiv 2508.19078): every expert becomes a short vector by a principal component
 analysis of its layer's experts, and one K-means with cosine distance runs over the experts of all layers at
-once. All distances are one matrix product; those between an expert and another layer's centroid are infinite,
-so that no group leaves its layer. (Notes on the paper set them to zero, which suits a similarity only.)
+once. The paper takes all distances as one matrix product and bars those between an expert and another layer's
+centroid, so that no group leaves its layer. Here the product is a batched one over layers, in which barred
+pairs do not occur: the same groups, and work that grows with the number of layers and not with its square.
 
 By outputs, after HC-SMoE (arXiv 2410.08589): experts are alike whose mean outputs are, and average linkage
 joins the nearest. There is nothing to seed or repeat, and it needs distances only, of which a layer has few.
@@ -12,8 +13,8 @@ Shape suffixes: ``N`` experts to be grouped (of one layer, or of all in a row), 
 components, ``T`` tokens, ``D`` hidden, ``L`` layers, ``E`` all experts of a layer, ``X`` weights of one.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import cast
 
 import torch
@@ -101,7 +102,7 @@ def fused_kmeans(
         vectors: by layer a tensor (N, P); N and P may differ between layers.
         num_groups: by layer, from 1 to N (0 where there is no expert).
         seed: of the run; equal arguments give equal groups.
-        num_starts: times that all is done, from other first centroids; each layer keeps its best.
+        num_starts: how many first centroids are tried, side by side; each layer keeps its best groups.
 
     Returns:
         By layer the group of each expert, int64 (N,); no group is empty.
@@ -110,75 +111,91 @@ def fused_kmeans(
     if sum(num_groups) == 0:
         return [torch.zeros(0, dtype=torch.int64) for _ in vectors]
     points = _Points(vectors, num_groups)
-    best_N = torch.zeros(len(points.unit_NP), dtype=torch.int64)
-    least_L = torch.full((len(vectors),), torch.inf)
-    for start in range(num_starts):
-        generator = torch.Generator().manual_seed(derive_seed(seed, "kmeans", start))
-        group_N, distance_N = points.converge(points.first_centroids(generator))
-        inertia_L = torch.zeros(len(vectors)).index_add_(0, points.layer_N, distance_N)
-        # Sums in another order must not pass for progress.
-        is_better_L = inertia_L < least_L - 1e-6 * least_L.abs().nan_to_num(posinf=0)
-        least_L = torch.where(is_better_L, inertia_L, least_L)
-        best_N = torch.where(is_better_L[points.layer_N], group_N, best_N)
-    best_N -= points.first_group_L[points.layer_N]
-    return list(torch.split(best_N, points.sizes))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "kmeans"))
+    group_LNZ, distance_LNZ = points.converge(points.first_centroids(generator, num_starts))
+    best_L = distance_LNZ.sum(dim=1).argmin(dim=1)
+    return [group_LNZ[at, : len(each), best_L[at]] for at, each in enumerate(vectors)]
 
 
 class _Points:
-    """The experts of all layers in a row, on the unit sphere, and which centroids each may go to."""
+    """The experts of all layers on the unit sphere, each layer's padded with zeros to the longest.
+
+    Shapes: ``N`` and ``M`` are the most experts and groups of a layer here, ``Z`` is the number of starts.
+    """
 
     def __init__(self, vectors: Sequence[Tensor], num_groups: Sequence[int]) -> None:
-        width = max(each.shape[1] for each in vectors)
-        rows = [functional.pad(each.float(), (0, width - each.shape[1])) for each in vectors]
-        self.unit_NP = functional.normalize(torch.cat(rows), dim=1)
-        self.num_groups = list(num_groups)
-        self.sizes = [len(each) for each in vectors]
-        self.layer_N = torch.arange(len(vectors)).repeat_interleave(torch.tensor(self.sizes))
-        layer_M = torch.arange(len(vectors)).repeat_interleave(torch.tensor(self.num_groups))
-        self.is_apart_NM = self.layer_N[:, None] != layer_M
-        self.first_group_L = torch.tensor([0, *accumulate(num_groups)])[:-1]
+        length, width = (max(each.shape[axis] for each in vectors) for axis in (0, 1))
+        padded = [functional.pad(v.float(), (0, width - v.shape[1], 0, length - len(v))) for v in vectors]
+        self.unit_LNP = functional.normalize(torch.stack(padded), dim=-1)
+        sizes_L, groups_L = torch.tensor([len(each) for each in vectors]), torch.tensor(num_groups)
+        self.is_expert_LN = torch.arange(length) < sizes_L[:, None]
+        self.is_group_LM = torch.arange(int(groups_L.max())) < groups_L[:, None]
 
-    def first_centroids(self, generator: torch.Generator) -> Tensor:
-        """k-means++ in every layer side by side: the next is drawn by its distance to those there, (M, P)."""
-        shape = (len(self.sizes), max(self.sizes))
-        is_expert_LN = torch.arange(shape[1]) < torch.tensor(self.sizes)[:, None]
-        unit_LNP = self.unit_NP.new_zeros(*shape, self.unit_NP.shape[1])
-        unit_LNP[is_expert_LN] = self.unit_NP
-        chance_LN, picks = is_expert_LN.float(), []
-        rows = torch.arange(shape[0])
-        for _ in range(max(self.num_groups)):
+    def first_centroids(self, generator: torch.Generator, num_starts: int = 1) -> Tensor:
+        """k-means++ for every start in every layer side by side, (L, Z, M, P).
+
+        The next centroid is drawn with chances by the distance to those there; of a few draws the one is
+        taken that leaves the least distance in all (the greedy form, which scikit-learn has too).
+
+        Shapes: ``Y`` is the layers times the starts, ``C`` the draws.
+        """
+        num_groups = self.is_group_LM.shape[1]
+        num_draws = min(2 + int(math.log(num_groups)), self.unit_LNP.shape[1])
+        unit_YNP = self.unit_LNP.repeat_interleave(num_starts, dim=0)
+        nearest_YN = self.is_expert_LN.float().repeat_interleave(num_starts, dim=0)
+        each, picks = torch.arange(len(unit_YNP)), []
+        for _ in range(num_groups):
             # The largest of chance over exponential noise falls on each with its share of the chances.
-            noise_LN = torch.empty(shape).exponential_(generator=generator)
-            pick_L = (chance_LN / noise_LN.clamp(min=1e-30)).argmax(dim=1)
-            picks.append(pick_L)
-            distance_LN = 1 - torch.einsum("lnp,lp->ln", unit_LNP, unit_LNP[rows, pick_L])
+            noise_YN = torch.empty(nearest_YN.shape).exponential_(generator=generator)
+            draws_YC = (nearest_YN / noise_YN.clamp(min=1e-30)).topk(num_draws, dim=1).indices
+            drawn_YCP = unit_YNP[each[:, None], draws_YC]
             # One that is a copy of a centroid may still be taken, when there is nothing else.
-            chance_LN = torch.minimum(chance_LN, distance_LN.clamp(min=1e-12)) * is_expert_LN
-            chance_LN[rows, pick_L] = 0
-        return torch.cat([unit_LNP[i, torch.stack(picks)[:m, i]] for i, m in enumerate(self.num_groups)])
+            distance_YCN = (1 - drawn_YCP @ unit_YNP.mT).clamp(min=1e-9)
+            left_YCN = torch.minimum(nearest_YN[:, None], distance_YCN)
+            best_Y = left_YCN.sum(dim=-1).argmin(dim=1)
+            picks.append(drawn_YCP[each, best_Y])
+            nearest_YN = left_YCN[each, best_Y]
+            nearest_YN[each, draws_YC[each, best_Y]] = 0
+        return torch.stack(picks, dim=1).reshape(len(self.unit_LNP), num_starts, num_groups, -1)
 
-    def converge(self, centroid_MP: Tensor) -> tuple[Tensor, Tensor]:
-        """Lloyd's steps until no expert moves: each expert's group and its distance to the centroid."""
-        before_N: Tensor | None = None
+    def converge(self, centroid_LZMP: Tensor) -> tuple[Tensor, Tensor]:
+        """Lloyd's steps until no expert moves: each expert's group and its distance to it, (L, N, Z)."""
+        before_LNZ: Tensor | None = None
         for _ in range(_MAX_STEPS):
-            distance_NM = (1 - self.unit_NP @ centroid_MP.T).masked_fill_(self.is_apart_NM, torch.inf)
-            nearest_N, group_N = distance_NM.min(dim=1)
-            self._fill_empty(group_N, nearest_N, len(centroid_MP))
-            if before_N is not None and torch.equal(group_N, before_N):
+            group_LNZ, distance_LNZ, size_LZM = self._assign(centroid_LZMP)
+            self._fill_empty(group_LNZ, distance_LNZ, size_LZM)
+            if before_LNZ is not None and torch.equal(group_LNZ, before_LNZ):
                 break
-            before_N = group_N
-            sums_MP = torch.zeros_like(centroid_MP).index_add_(0, group_N, self.unit_NP)
-            centroid_MP = functional.normalize(sums_MP, dim=1)
-        return group_N, nearest_N
+            before_LNZ = group_LNZ
+            member_LNZM = torch.zeros(*group_LNZ.shape, size_LZM.shape[-1]).scatter_(
+                -1, group_LNZ[..., None], 1
+            )
+            sums_LXP = member_LNZM.flatten(2).mT @ self.unit_LNP
+            centroid_LZMP = functional.normalize(sums_LXP.reshape(centroid_LZMP.shape), dim=-1)
+        return group_LNZ, distance_LNZ
 
-    def _fill_empty(self, group_N: Tensor, distance_N: Tensor, num_groups: int) -> None:
+    def _assign(self, centroid_LZMP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Group and distance (L, N, Z) of each expert, and experts of each group (L, Z, M)."""
+        num_starts, num_groups = centroid_LZMP.shape[1:3]
+        cosine_LNX = self.unit_LNP @ centroid_LZMP.flatten(1, 2).mT
+        distance_LNZM = (1 - cosine_LNX).reshape(*cosine_LNX.shape[:2], num_starts, num_groups)
+        distance_LNZM.masked_fill_(~self.is_group_LM[:, None, None], torch.inf)
+        distance_LNZ, group_LNZ = distance_LNZM.min(dim=-1)
+        distance_LNZ = distance_LNZ * self.is_expert_LN[..., None]
+        is_expert_LZN = self.is_expert_LN[:, None].expand(-1, num_starts, -1).long()
+        size_LZM = torch.zeros(len(group_LNZ), num_starts, num_groups, dtype=torch.int64)
+        return group_LNZ, distance_LNZ, size_LZM.scatter_add_(-1, group_LNZ.mT, is_expert_LZN)
+
+    def _fill_empty(self, group_LNZ: Tensor, distance_LNZ: Tensor, size_LZM: Tensor) -> None:
         """Give an empty group the expert of its layer that is farthest from its own centroid, in place."""
-        size_M = torch.bincount(group_N, minlength=num_groups)
-        for empty in torch.nonzero(size_M == 0).flatten().tolist():
-            may_leave_N = ~self.is_apart_NM[:, empty] & (size_M[group_N] > 1)
+        empty = torch.nonzero((size_LZM == 0) & self.is_group_LM[:, None])
+        for layer, start, group in empty.tolist():
+            group_N, distance_N = group_LNZ[layer, :, start], distance_LNZ[layer, :, start]
+            size_M = size_LZM[layer, start]
+            may_leave_N = self.is_expert_LN[layer] & (size_M[group_N] > 1)
             farthest = int(distance_N.masked_fill(~may_leave_N, -torch.inf).argmax())
             size_M[group_N[farthest]] -= 1
-            group_N[farthest], distance_N[farthest], size_M[empty] = empty, 0.0, 1
+            group_N[farthest], distance_N[farthest], size_M[group] = group, 0.0, 1
 
 
 def average_linkage(vectors_NP: Tensor, num_groups: int) -> Tensor:
