@@ -373,8 +373,9 @@ def enter_expert(experts: Any, rows: Tensor, weights: dict[str, Tensor]) -> Tens
 
 
 def gate_expert(experts: Any, inner: Tensor) -> Tensor:
-    """The gate or activation between the two products, to (R, F)."""
-    return cast(Tensor, experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner))
+    """The gate or activation between the two products, to (R, F): a tensor of its own, never ``inner``."""
+    gated = cast(Tensor, experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner))
+    return gated.clone() if gated is inner else gated
 
 
 def leave_expert(
