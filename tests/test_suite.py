@@ -161,6 +161,17 @@ def test_what_was_tried_and_chosen_is_written(tmp_path):
     assert flex["tried"][1] == {"values": {"training.lr": 0.01}, "scores": [100.0, 101.0], "mean": 100.5}
 
 
+def test_a_choice_at_an_end_of_the_grid_is_said(tmp_path, caplog):
+    compared(tmp_path, SUITE + SEARCH, Runs())
+    written = json.loads((tmp_path / "out/search.json").read_text())["groups"]
+    assert {group: found["at_edge"] for group, found in written.items()} == {
+        "flex": [],
+        "fedavg": ["training.lr"],
+    }
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ["fedavg chose training.lr = 0.001, an end of the grid: widen search.grid"]
+
+
 class Diverged(Runs):
     """Every run of FLEx's search fails, and of FedAvg's all with the best rate."""
 

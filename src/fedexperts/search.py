@@ -35,12 +35,25 @@ class GroupSearch:
     chosen: Values | None
     """None where no point has a mean."""
 
+    def at_edge(self) -> tuple[str, ...]:
+        """Settings whose chosen number is the least or largest that was tried: the best may lie beyond."""
+        found = []
+        for key, value in (self.chosen or {}).items():
+            tried = {one.values[key] for one in self.tried}
+            if len(tried) > 1 and all(_is_number(one) for one in tried) and value in (min(tried), max(tried)):
+                found.append(key)
+        return tuple(found)
+
     def as_json(self) -> dict[str, Any]:
         """As it stands in ``search.json``."""
         points = [
             {"values": dict(one.values), "scores": list(one.scores), "mean": one.mean} for one in self.tried
         ]
-        return {"chosen": self.chosen, "tried": points}
+        return {"chosen": self.chosen, "at_edge": list(self.at_edge()), "tried": points}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def search_groups(

@@ -109,6 +109,9 @@ def _search(suite: Suite, search: SearchSettings, directory: Path, runner: "_Run
 
     for group, found in search_groups(suite, search, attempt):
         runner.outcome.search[group] = found
+        for key in found.at_edge():
+            value = (found.chosen or {})[key]
+            logger.warning("%s chose %s = %s, an end of the grid: widen search.grid", group, key, value)
         groups = {name: one.as_json() for name, one in runner.outcome.search.items()}
         write_json(
             directory / "search.json",

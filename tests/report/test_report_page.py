@@ -220,12 +220,14 @@ def test_the_search_before_the_runs_is_shown_with_its_choice(tmp_path):
         {"values": {"training.lr": 1e-3}, "scores": [0.4, 0.5], "mean": 0.45},
         {"values": {"training.lr": 3e-3}, "scores": [0.6, 0.7], "mean": 0.65},
     ]
-    groups = {"flex": {"chosen": {"training.lr": 3e-3}, "tried": tried}}
+    chosen = {"chosen": {"training.lr": 3e-3}, "tried": tried}
+    groups = {"flex": chosen, "edgy": chosen | {"at_edge": ["training.lr"]}}
     search = {"metric": "validation_rougeL_after", "seeds": [100, 101], "groups": groups}
     (directory / "search.json").write_text(json.dumps(search))
     text = read_report(directory)[1]
     assert "| flex | training.lr=0.003 | **65.0 ± 7.1** | chosen |" in text
     assert "| flex | training.lr=0.001 | 45.0 ± 7.1 |  |" in text
+    assert "| **65.0 ± 7.1** | chosen, at an end of the grid of training.lr |" in text
 
 
 def test_a_report_loads_neither_torch_nor_a_plotting_library():

@@ -342,7 +342,7 @@ def search(suite: Suite) -> Table | None:
             str(group),
             " ".join(f"{key}={value_text(value)}" for key, value in point.get("values", {}).items()) or "–",
             quantities.metric_spread(metric, spread(point.get("scores") or ())),
-            "chosen" if point.get("values") == found.get("chosen") else "",
+            _choice(found) if point.get("values") == found.get("chosen") else "",
         ]
         for group, found in (suite.search.get("groups") or {}).items()
         for point in found.get("tried") or ()
@@ -355,6 +355,11 @@ def search(suite: Suite) -> Table | None:
     table = make_table(caption, titles, rows, num_text=2, is_folded=True)
     marked = frozenset((number, 2) for number, row in enumerate(rows) if row[-1])
     return replace(table, marked=marked)
+
+
+def _choice(found: Mapping[str, Any]) -> str:
+    edges = found.get("at_edge") or ()
+    return f"chosen, at an end of the grid of {', '.join(edges)}" if edges else "chosen"
 
 
 def failures(methods: Sequence[Method]) -> Table | None:
