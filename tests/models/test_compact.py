@@ -56,7 +56,7 @@ def test_compact_from_disk_is_compact_in_place_and_exports(family: str, tmp_path
     live = saved(family, tmp_path / "full")
     before = {name: tensor.clone() for name, tensor in live.state_dict().items()}
     compact_model(live, PLANS, MERGE)
-    loaded = load_compact(tmp_path / "full", PLANS, MERGE)
+    loaded = load_compact(Checkpoint(tmp_path / "full"), PLANS, MERGE)
     assert_same_tensors(loaded.state_dict(), live.state_dict())
     wanted = logits(live)
     assert torch.equal(logits(loaded), wanted)
@@ -89,7 +89,7 @@ def test_merged_experts_are_the_weighted_mean_by_hand(tmp_path: Path) -> None:
         {name: weight.clone() for name, weight in seam.find_moe_layers(model)[0].expert(e).items()}
         for e in range(6)
     ]
-    layer = seam.find_moe_layers(load_compact(tmp_path, PLANS, MERGE))[0]
+    layer = seam.find_moe_layers(load_compact(Checkpoint(tmp_path), PLANS, MERGE))[0]
     for name, weight in weights[0].items():
         assert torch.equal(layer.expert(1)[name], weights[1][name])
         by_hand = (3 * weight.double() + weights[5][name].double()) / 4
@@ -100,7 +100,7 @@ def test_merged_experts_are_the_weighted_mean_by_hand(tmp_path: Path) -> None:
 def test_ready_weights_are_taken_as_they_are(tmp_path: Path) -> None:
     saved("qwen2_moe", tmp_path)
     zeros = {"gate_up_proj": torch.zeros(32, 32), "down_proj": torch.zeros(32, 16)}
-    model = load_compact(tmp_path, PLANS, lambda layer, group, members: zeros)
+    model = load_compact(Checkpoint(tmp_path), PLANS, lambda layer, group, members: zeros)
     layer = seam.find_moe_layers(model)[1]
     assert all((weight == 0).all() for weight in layer.expert(5).values())
 
@@ -114,14 +114,14 @@ def test_one_expert_is_read_at_a_time(tmp_path: Path) -> None:
         asked.append((layer, group))
         return next(taken)
 
-    load_compact(tmp_path, PLANS, merge)
+    load_compact(Checkpoint(tmp_path), PLANS, merge)
     assert asked == [(0, (0, 5)), (0, (2, 3)), (1, (0, 1, 2, 4, 5))]
 
 
 def test_tuned_experts_train_in_float32_and_nothing_else_does(tmp_path: Path) -> None:
     saved("qwen2_moe", tmp_path, dtype=torch.bfloat16)
     plans = [SlotPlan(num_experts=6, tuned=(2,), kept=(1,), merged=((0, 3, 4, 5),))] * 2
-    model = load_compact(tmp_path, plans, MERGE)
+    model = load_compact(Checkpoint(tmp_path), plans, MERGE)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {".".join(name.rsplit(".", 3)[1:3]) for name in trained} == {"tuned.weights"}
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
@@ -134,7 +134,7 @@ def test_tuned_experts_train_in_float32_and_nothing_else_does(tmp_path: Path) ->
 def test_dropped_experts_are_exported_as_nothing(family: str, tmp_path: Path) -> None:
     saved(family, tmp_path / "full")
     plans = [SlotPlan(num_experts=6, kept=(1, 4), dropped=(0, 2, 3, 5))] * 2
-    compact = load_compact(tmp_path / "full", plans, MERGE)
+    compact = load_compact(Checkpoint(tmp_path / "full"), plans, MERGE)
     export_model(compact, tmp_path / "plain")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     torch.testing.assert_close(logits(plain), logits(compact), rtol=1e-4, atol=1e-5)
@@ -144,14 +144,14 @@ def test_dropped_experts_are_exported_as_nothing(family: str, tmp_path: Path) ->
 def test_export_of_all_kept_has_the_tensors_of_the_full_one(family: str, tmp_path: Path) -> None:
     full = saved(family, tmp_path / "full")
     plans = [SlotPlan(num_experts=6, kept=(5, 0, 1, 2, 3, 4))] * 2
-    export_model(load_compact(tmp_path / "full", plans, MERGE), tmp_path / "plain")
+    export_model(load_compact(Checkpoint(tmp_path / "full"), plans, MERGE), tmp_path / "plain")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert_same_tensors(again.state_dict(), full.state_dict())
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     saved("qwen2_moe", tmp_path / "full", tie_word_embeddings=True)
-    compact = load_compact(tmp_path / "full", PLANS, MERGE)
+    compact = load_compact(Checkpoint(tmp_path / "full"), PLANS, MERGE)
     assert compact.lm_head.weight is compact.model.embed_tokens.weight
     export_model(compact, tmp_path / "plain")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
@@ -162,7 +162,7 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
 def test_quantised_from_disk_is_quantised_in_place(bits: int, tmp_path: Path) -> None:
     saved("qwen2_moe", tmp_path)
     form = LowBitForm(bits=bits, group_size=16)
-    plain, few = (load_compact(tmp_path, PLANS, MERGE, form=one) for one in (None, form))
+    plain, few = (load_compact(Checkpoint(tmp_path), PLANS, MERGE, form=one) for one in (None, form))
     for dense, packed in zip(seam.find_moe_layers(plain), seam.find_moe_layers(few), strict=True):
         for expert in range(6):
             weights = dense.expert(expert)
@@ -176,12 +176,12 @@ def test_quantised_from_disk_is_quantised_in_place(bits: int, tmp_path: Path) ->
 def test_weights_that_are_not_finite_are_not_quantised(damaged: Damage) -> None:
     folder = damaged("bad", lambda t: t["model.layers.1.mlp.experts.3.down_proj.weight"].fill_(float("nan")))
     with pytest.raises(UserError, match=r"slot 0 of layer model\.layers\.1.*NaN or infinite"):
-        load_compact(folder, PLANS, MERGE, form=LowBitForm())
+        load_compact(Checkpoint(folder), PLANS, MERGE, form=LowBitForm())
 
 
 def test_compact_models_refuse_to_be_saved(tmp_path: Path) -> None:
     saved("qwen2_moe", tmp_path)
-    model = load_compact(tmp_path, PLANS, MERGE)
+    model = load_compact(Checkpoint(tmp_path), PLANS, MERGE)
     with pytest.raises(UserError, match="this qwen2_moe model is compact, and no plain checkpoint can say"):
         model.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again").exists()
@@ -189,7 +189,7 @@ def test_compact_models_refuse_to_be_saved(tmp_path: Path) -> None:
 
 def test_adapters_and_grafts_are_not_exported(tmp_path: Path) -> None:
     saved("qwen2_moe", tmp_path)
-    model = load_compact(tmp_path, PLANS, MERGE)
+    model = load_compact(Checkpoint(tmp_path), PLANS, MERGE)
     graft(seam.find_moe_layers(model), [1, 4], GraftForm(), 0)
     with pytest.raises(UserError, match=r"tensor model\.layers\.0\.mlp\.experts\.graft.* has no place"):
         export_model(model, tmp_path / "plain")
@@ -198,7 +198,7 @@ def test_adapters_and_grafts_are_not_exported(tmp_path: Path) -> None:
 def test_plans_of_another_model_are_refused(tmp_path: Path) -> None:
     model = saved("qwen2_moe", tmp_path)
     with pytest.raises(UserError, match="1 plans for a model of 2 MoE layers"):
-        load_compact(tmp_path, PLANS[:1], MERGE)
+        load_compact(Checkpoint(tmp_path), PLANS[:1], MERGE)
     with pytest.raises(UserError, match=r"plan for 2 experts, but layer .* has 6"):
         compact_model(model, [SlotPlan(num_experts=2, kept=(0, 1))] * 2, MERGE)
     compact_model(model, PLANS, MERGE)
@@ -209,7 +209,7 @@ def test_plans_of_another_model_are_refused(tmp_path: Path) -> None:
 def test_tensors_missing_from_the_rest_are_named(damaged: Damage) -> None:
     folder = damaged("lost", lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(UserError, match=r"has no tensor model\.norm\.weight"):
-        load_compact(folder, PLANS, MERGE)
+        load_compact(Checkpoint(folder), PLANS, MERGE)
     folder = damaged("small", lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1].clone()}))
     with pytest.raises(UserError, match=r"tensor model\.norm\.weight .* has another shape"):
-        load_compact(folder, PLANS, MERGE)
+        load_compact(Checkpoint(folder), PLANS, MERGE)

@@ -45,26 +45,23 @@ def merge_by_shares(shares_LE: Sequence[Tensor]) -> GroupMerge:
 
 
 def load_compact(
-    folder: Path,
+    checkpoint: Checkpoint,
     plans: Sequence[SlotPlan],
     merge: GroupMerge,
     *,
-    dtype: torch.dtype | None = None,
     form: LowBitForm | None = None,
 ) -> Any:
     """The model of a checkpoint with its experts in slots, frozen but for the tuned ones, in the seat.
 
     Args:
-        folder: as ``save_pretrained`` leaves it.
+        checkpoint: whose experts are read one at a time; its dtype is the model's.
         plans: by MoE layer what becomes of each expert.
         merge: called once for each merged group.
-        dtype: of the weights; by default the checkpoint's own.
         form: if given, kept and merged experts are quantised as they are read.
 
     Raises:
-        UserError: the checkpoint is damaged or not supported, or the plans are another model's.
+        UserError: the checkpoint lacks a tensor, or the plans are another model's.
     """
-    checkpoint = Checkpoint(folder, dtype)
     _check_plans(plans, checkpoint.layers)
     model = _load_rest(checkpoint).requires_grad_(False)
     seam.take_seat(model)
