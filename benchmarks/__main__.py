@@ -4,28 +4,16 @@ import argparse
 import json
 import warnings
 from pathlib import Path
-from typing import Any
 
 import transformers
 from rich.console import Console
 
-from benchmarks import end_to_end, local_steps, memory
+from benchmarks.registry import BENCHMARKS, write_into
 from benchmarks.setting import describe_machine, load_average
-from benchmarks.tables import show, tables_of, write_into
+from benchmarks.tables import show
 
 HERE = Path(__file__).resolve().parent
 QUIET_LOAD = 0.7
-MEASURES = {
-    "local_steps": local_steps.measure,
-    "end_to_end": end_to_end.measure,
-    "memory": memory.measure,
-}
-QUICK: dict[str, dict[str, Any]] = {
-    "local_steps": {"repeats": 1, "num_steps": 2},
-    "end_to_end": {"repeats": 1, "num_local_steps": 2},
-    "memory": {"repeats": 1, "many": 12},
-}
-"""Just enough to see that everything works; the figures mean nothing."""
 
 
 def main() -> None:
@@ -33,13 +21,14 @@ def main() -> None:
     options = _options()
     console = Console()
     _be_quiet()
-    for name in options.names or MEASURES:
+    for name in options.names or BENCHMARKS:
         load = load_average()
         if load > QUIET_LOAD:
             console.print(f"load average is {load:.2f}: other processes run, and the figures will be poor")
         console.print(f"measuring {name} on {options.model} ...")
-        figures = MEASURES[name](options.model, **(QUICK[name] if options.quick else {}))
-        show(tables_of(name, figures), console)
+        benchmark = BENCHMARKS[name]
+        figures = benchmark.measure(options.model, **(benchmark.quick if options.quick else {}))
+        show(benchmark.tables(figures), console)
         record = {"name": name, "machine": describe_machine(load), "figures": figures}
         options.results.mkdir(parents=True, exist_ok=True)
         (options.results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -50,7 +39,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"some of {', '.join(MEASURES)}; all by default"
+        "names", nargs="*", metavar="NAME", help=f"some of {', '.join(BENCHMARKS)}; all by default"
     )
     parser.add_argument("--model", default="tinyworld", help="model.name (default: the embedded checkpoint)")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON files")
@@ -58,8 +47,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="only see that it works")
     options = parser.parse_args()
     for name in options.names:
-        if name not in MEASURES:
-            parser.error(f"{name} is no benchmark; it must be one of {', '.join(MEASURES)}")
+        if name not in BENCHMARKS:
+            parser.error(f"{name} is no benchmark; it must be one of {', '.join(BENCHMARKS)}")
     return options
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.matmul_roof import Product, ProductCounter
-from benchmarks.tables import document_text, marks, put_into
+from benchmarks.registry import BENCHMARKS, document_text
+from benchmarks.tables import marks, put_into
 from benchmarks.timing import in_turns, paired_ratio
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("local_steps", "end_to_end", "memory")
+NAMES = ("local_steps", "end_to_end", "memory", "compaction", "quantization")
 MEASURED = sorted(path.stem for path in (ROOT / "benchmarks" / "results").glob("*.json"))
 
 
@@ -59,11 +60,11 @@ def test_the_document_has_the_figures_of_the_committed_results(name):
 def test_the_command_measures_everything_and_fills_a_document(tiny_checkpoint, tmp_path):
     pytest.importorskip("trl")
     document = tmp_path / "benchmarks.md"
-    document.write_text("\n".join(line for name in NAMES for line in marks(name)))
+    document.write_text("\n".join(line for name in BENCHMARKS for line in marks(name)))
     command = [sys.executable, "-m", "benchmarks", "--quick", "--model", str(tiny_checkpoint)]
     places = ["--results", str(tmp_path), "--docs", str(document)]
     done = subprocess.run([*command, *places], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in NAMES:
+    for name in BENCHMARKS:
         record = json.loads((tmp_path / f"{name}.json").read_text())
         assert document_text(name, record) in document.read_text()

@@ -1,0 +1,55 @@
+"""Which benchmarks there are: how each is measured, shown, and tried out quickly."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import compaction, end_to_end, job_tables, local_steps, memory, quantization, slots
+from benchmarks.tables import Table, machine_text, markdown, put_into
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """One benchmark."""
+
+    measure: Callable[..., dict[str, Any]]
+    """Takes ``model.name`` and gives figures ready for JSON."""
+    tables: Callable[[Mapping[str, Any]], list[Table]]
+    """Figures to tables."""
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    """Just enough to see that it works; the figures mean nothing."""
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "local_steps": Benchmark(
+        measure=local_steps.measure, tables=job_tables.local_steps, quick={"repeats": 1, "num_steps": 2}
+    ),
+    "end_to_end": Benchmark(
+        measure=end_to_end.measure, tables=job_tables.end_to_end, quick={"repeats": 1, "num_local_steps": 2}
+    ),
+    "memory": Benchmark(measure=memory.measure, tables=job_tables.memory, quick={"repeats": 1, "many": 12}),
+    "compaction": Benchmark(
+        measure=compaction.measure,
+        tables=compaction.tables,
+        quick={"repeats": 1, "sizes": compaction.QUICK_SIZES},
+    ),
+    "quantization": Benchmark(
+        measure=quantization.measure,
+        tables=quantization.tables,
+        quick={"repeats": 1, "num_steps": 1, "num_batches": 1, "length": 8},
+    ),
+    "slots": Benchmark(
+        measure=slots.measure, tables=slots.tables, quick={"repeats": 1, "num_steps": 1, "length": 8}
+    ),
+}
+
+
+def write_into(path: Path, name: str, record: Mapping[str, Any]) -> None:
+    """Put a benchmark's tables, and what they were measured on, into the document at ``path``."""
+    path.write_text(put_into(path.read_text(), name, document_text(name, record)))
+
+
+def document_text(name: str, record: Mapping[str, Any]) -> str:
+    """What the document says of one record, as ``benchmarks/results/<name>.json`` holds it."""
+    return f"{machine_text(record['machine'])}\n\n{markdown(BENCHMARKS[name].tables(record['figures']))}"
