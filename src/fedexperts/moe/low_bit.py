@@ -72,22 +72,29 @@ def pack(codes: Tensor, bits: Bits) -> Tensor:
     return torch.cat(planes, dim=-1)
 
 
-def unpack(packed: Tensor, bits: Bits, *, dtype: torch.dtype = torch.uint8) -> Tensor:
-    """The codes (..., C) that :func:`pack` packed, as numbers of ``dtype``."""
+def unpack(packed: Tensor, bits: Bits) -> Tensor:
+    """The codes (..., C) uint8 that :func:`pack` packed; with 8 bits they are ``packed`` itself."""
+    if bits == 8:
+        return packed
     num_codes = packed.shape[-1] * 8 // bits
-    codes = packed.new_empty((*packed.shape[:-1], num_codes), dtype=dtype)
-    shift = 0
+    codes, shift = packed.new_empty(*packed.shape[:-1], num_codes), 0
     for width, plane in zip(_PLANES[bits], _split_planes(packed, bits, num_codes), strict=True):
-        pieces = _folded(codes, 8 // width)
-        for position in range(8 // width):
-            part = (plane >> (width * position)) & (2**width - 1) if width < 8 else plane
-            # A later plane adds to what an earlier one wrote.
-            if shift:
-                pieces[..., position, :] += part << shift
+        for position, piece in enumerate(_folded(codes, 8 // width).unbind(-2)):
+            if shift:  # a later plane adds to what an earlier one wrote
+                piece |= _part(plane, width, position, None) << shift
             else:
-                pieces[..., position, :] = part
+                _part(plane, width, position, piece)
         shift += width
     return codes
+
+
+def _part(plane: Tensor, width: int, position: int, out: Tensor | None) -> Tensor:
+    """The ``position``-th lowest ``width`` bits of each byte; each pass over memory that can be spared is."""
+    mask, lowest = 2**width - 1, width * position
+    if position == 0:
+        return torch.bitwise_and(plane, mask, out=out)
+    shifted = torch.bitwise_right_shift(plane, lowest, out=out)
+    return shifted if lowest + width == 8 else shifted.bitwise_and_(mask)
 
 
 def _split_planes(packed: Tensor, bits: Bits, num_codes: int) -> tuple[Tensor, ...]:
@@ -144,9 +151,12 @@ def dequantize(
     Differences of codes are whole numbers up to 255 and the scale is bfloat16, so that each value is rounded
     once, to ``dtype``.
     """
+    # Integers as long as it goes: half the bytes. Differences of 8-bit codes need 16 bits.
+    narrow, codes = (
+        (torch.int16, unpack(packed, 8)) if form.bits == 8 else (torch.int8, unpack(packed, form.bits))
+    )
+    differences = _folded(codes, scale.shape[-1]).to(narrow).sub_(zero.to(narrow).unsqueeze(-1))
     # float16 does not reach as far as a bfloat16 scale; bfloat16 holds every difference of codes.
     working = torch.float32 if dtype == torch.float16 else dtype
-    codes = unpack(packed, form.bits, dtype=working)
-    grouped = _folded(codes, scale.shape[-1])
-    grouped.sub_(zero.to(working).unsqueeze(-1)).mul_(scale.to(working).unsqueeze(-1))
-    return codes[..., :num_columns].to(dtype)
+    values = differences.to(working).mul_(scale.to(working).unsqueeze(-1))
+    return values.flatten(-2)[..., :num_columns].to(dtype)
