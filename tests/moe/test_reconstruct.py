@@ -124,7 +124,7 @@ def test_choosing_moves_nothing(qwen: Seated) -> None:
 
 
 def test_no_batch_is_an_error(qwen: Seated) -> None:
-    with pytest.raises(UserError, match="no calibration batch"):
+    with pytest.raises(UserError, match="no batch to choose experts by"):
         reconstruction_losses(qwen.model, qwen.layers, [])
 
 

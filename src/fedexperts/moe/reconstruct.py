@@ -5,25 +5,44 @@
 over calibration batches ``b``, with ``X_b`` the layer's inputs and ``Z_b`` its routed sum (reading 3). The
 norm is not squared, and the difference is taken in float64, as the selector it comes from does (NAEE, arXiv
 2402.14800). All layers are judged in one forward pass of the unpruned model; every expert sees every token.
+Several experts at once are chosen in :mod:`fedexperts.moe.subsets`.
 
 Shape suffixes: ``T`` tokens, ``D`` hidden, ``L`` layers, ``E`` experts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from fedexperts.errors import UserError
 from fedexperts.moe import seam
-from fedexperts.moe.forward_pass import TokenBatch, evaluation_mode
+from fedexperts.moe.forward_pass import TokenBatch, run_pass
 from fedexperts.moe.seam import MoeLayer
 
 
 class _Losses:
+    """An observer of a pass that adds up every expert's distance to its layer's output."""
+
     def __init__(self, layers: Sequence[MoeLayer]) -> None:
+        self._layers = layers
         self.loss_E = {layer.index: torch.zeros(layer.num_experts, dtype=torch.float64) for layer in layers}
         self.is_token_T: Tensor | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """See :class:`fedexperts.moe.forward_pass.Observer`."""
+        with seam.watch_experts(self._layers, self.see):
+            yield
+
+    def begin(self, is_token_BS: Tensor) -> None:
+        """See :class:`fedexperts.moe.forward_pass.Observer`."""
+        self.is_token_T = is_token_BS.reshape(-1)
+
+    def end(self) -> None:
+        """See :class:`fedexperts.moe.forward_pass.Observer`."""
+        self.is_token_T = None
 
     def see(self, layer: MoeLayer, hidden_TD: Tensor, *routing: Tensor) -> None:
         """``routing`` is top-k index, top-k weights, and the routed sum (T, D)."""
@@ -36,7 +55,6 @@ class _Losses:
             self.loss_E[layer.index][expert] += float(distance)
 
 
-@torch.no_grad()
 def reconstruction_losses(
     model: nn.Module, layers: Sequence[MoeLayer], batches: Iterable[TokenBatch]
 ) -> list[Tensor]:
@@ -51,17 +69,7 @@ def reconstruction_losses(
         UserError: there is no batch, or a loss is not finite.
     """
     losses = _Losses(layers)
-    device, num_batches = next(model.parameters()).device, 0
-    with evaluation_mode(model), seam.watch_experts(layers, losses.see):
-        for batch in batches:
-            mask = batch.attention_mask.to(device)
-            losses.is_token_T = mask.reshape(-1).bool()
-            model(
-                input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False, logits_to_keep=1
-            )
-            num_batches += 1
-    if num_batches == 0:
-        raise UserError("no calibration batch to choose experts by: the client has no training example")
+    run_pass(model, batches, (losses,), "choose experts by: the client has no training example")
     for layer in layers:
         if not torch.isfinite(losses.loss_E[layer.index]).all():
             raise UserError(f"reconstruction loss of layer {layer.name} is not finite: check its weights")
