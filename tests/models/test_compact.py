@@ -11,11 +11,11 @@ from fedexperts.errors import UserError
 from fedexperts.models.checkpoint import Checkpoint
 from fedexperts.models.compact import (
     compact_model,
-    export_model,
     load_compact,
     merge_by_shares,
     restore_model,
 )
+from fedexperts.models.plain_checkpoint import export_model
 from fedexperts.models.tiny import FAMILIES, tiny_model
 from fedexperts.moe import seam
 from fedexperts.moe.graft import GraftForm, graft
@@ -213,3 +213,20 @@ def test_tensors_missing_from_the_rest_are_named(damaged: Damage) -> None:
     folder = damaged("small", lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1].clone()}))
     with pytest.raises(UserError, match=r"tensor model\.norm\.weight .* has another shape"):
         load_compact(Checkpoint(folder), PLANS, MERGE)
+
+
+def test_a_checkpoint_of_another_model_restores_nothing(tmp_path: Path) -> None:
+    saved("qwen2_moe", tmp_path / "small", moe_intermediate_size=8)
+    model = saved("qwen2_moe", tmp_path / "full")
+    compact_model(model, PLANS, MERGE)
+    with pytest.raises(UserError, match="are not of the sizes of the model"):
+        restore_model(model, Checkpoint(tmp_path / "small"))
+
+
+def test_how_the_model_generates_is_loaded_too(tmp_path: Path) -> None:
+    model = tiny_model("qwen2_moe")
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path)
+    compact = load_compact(Checkpoint(tmp_path), PLANS, MERGE)
+    assert compact.generation_config.max_new_tokens == 7
+    assert compact.generate(TOKENS).shape == (2, TOKENS.shape[1] + 7)

@@ -10,7 +10,10 @@ from fedexperts.errors import UserError
 from fedexperts.moe import seam
 from fedexperts.moe.graft import GraftForm, grafted
 from fedexperts.moe.low_bit import LowBitForm
+from fedexperts.moe.low_bit_bank import load_banks, save_banks
 from fedexperts.moe.quantize import (
+    banks_of,
+    install_bank,
     quantization_report,
     quantize_experts,
     quantize_layer,
@@ -133,3 +136,20 @@ def test_nothing_is_quantised_when_one_weight_is_not_finite() -> None:
 def test_quantising_twice_is_refused(qwen: Seated) -> None:
     with quantized(qwen.layers, FORM), pytest.raises(UserError, match="in a bank already"):
         quantize_layer(qwen.layers[0], FORM)
+
+
+def test_saved_banks_give_the_same_model_elsewhere(qwen: Seated, tmp_path) -> None:
+    with quantized(qwen.layers, FORM):
+        save_banks(tmp_path / "banks.safetensors", banks_of(qwen.layers))
+        wanted = qwen.logits()
+    loaded = load_banks(tmp_path / "banks.safetensors")
+    originals = [install_bank(layer, loaded[layer.name]) for layer in qwen.layers]
+    assert torch.equal(qwen.logits(), wanted)
+    restore_layers(qwen.layers, originals)
+    assert banks_of(qwen.layers) == {}
+
+
+def test_a_bank_of_another_layer_is_refused(qwen: Seated) -> None:
+    other = quantized_bank(seat("granitemoe").layers[0], FORM)
+    with pytest.raises(UserError, match="does not fit layer"):
+        install_bank(qwen.layers[0], other)

@@ -1,4 +1,4 @@
-"""Models in which experts share slots: from disk, in place, back again, and out as a plain checkpoint.
+"""Models in which experts share slots: from disk, in place, and back again.
 
 A compact model (:mod:`fedexperts.moe.slots`) keeps some experts and merges the others into few. Made straight
 from disk it never holds more than itself and one expert: transformers loads everything but the routed
@@ -6,18 +6,13 @@ experts, whose fused parameters are made empty beforehand, and the slots are fil
 """
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers import GenerationConfig, PreTrainedModel
 
 from fedexperts.errors import UserError
 from fedexperts.models.checkpoint import Checkpoint
@@ -67,11 +62,13 @@ def load_compact(
     seam.take_seat(model)
     for stored, empty, plan in zip(checkpoint.layers, seam.find_moe_layers(model), plans, strict=True):
         layer = replace(empty, num_experts=stored.num_experts)
-        tuned = _stacked([checkpoint.expert(layer.index, expert) for expert in plan.tuned])
-        store = _Stacked(stored, plan.num_frozen) if form is None else _Packed(stored, plan.num_frozen, form)
+        tuned = _Stacked(stored, len(plan.tuned))
+        frozen = _Stacked(stored, plan.num_frozen) if form is None else _Packed(stored, plan.num_frozen, form)
+        for slot, expert in enumerate(plan.tuned):
+            tuned.write(slot, checkpoint.expert(layer.index, expert))
         for slot, weights in enumerate(_frozen(checkpoint, layer.index, plan, merge)):
-            store.write(slot, weights)
-        install_slots(layer, plan, tuned, store.made())
+            frozen.write(slot, weights)
+        install_slots(layer, plan, tuned.made() if plan.tuned else None, frozen.made())
     _refuse_saving(model)
     return model
 
@@ -83,7 +80,7 @@ class _Store(Protocol):
 
 
 class _Stacked:
-    """Frozen slots as they are."""
+    """Slots as they are."""
 
     def __init__(self, layer: MoeLayer, num_slots: int) -> None:
         shapes = {name: getattr(layer.experts, name) for name in layer.parameter_names()}
@@ -100,7 +97,7 @@ class _Stacked:
 
 
 class _Packed:
-    """Frozen slots in few bits."""
+    """Slots in few bits."""
 
     def __init__(self, layer: MoeLayer, num_slots: int, form: LowBitForm) -> None:
         self._bank = QuantizedBank(num_slots, ExpertShapes.of_layer(layer), form)
@@ -121,10 +118,6 @@ def _frozen(checkpoint: Checkpoint, layer: int, plan: SlotPlan, merge: GroupMerg
     yield from (checkpoint.expert(layer, expert) for expert in plan.kept)
     for group in plan.merged:
         yield merge(layer, group, (checkpoint.expert(layer, expert) for expert in group))
-
-
-def _stacked(experts: Sequence[Weights]) -> dict[str, Tensor] | None:
-    return {name: torch.stack([one[name] for one in experts]) for name in experts[0]} if experts else None
 
 
 def _check_plans(plans: Sequence[SlotPlan], layers: Sequence[MoeLayer]) -> None:
@@ -161,6 +154,8 @@ def _load_rest(checkpoint: Checkpoint) -> Any:
     for name, *_ in sorted(info["mismatched_keys"]):
         raise UserError(f"tensor {name} of {checkpoint.folder} has another shape than config.json says")
     model.__class__ = kind
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     model.config.name_or_path = str(checkpoint.folder)
     return model
 
@@ -204,14 +199,30 @@ def compact_model(
 
 
 def restore_model(model: Any, originals: Sequence[Mapping[str, Tensor]] | Checkpoint) -> None:
-    """Undo :func:`compact_model` or :func:`load_compact` bit for bit: from memory, or by layer from disk."""
-    for layer in seam.find_moe_layers(model):
+    """Undo :func:`compact_model` or :func:`load_compact` bit for bit: from memory, or by layer from disk.
+
+    Raises:
+        UserError: the checkpoint is another model's.
+    """
+    layers = seam.find_moe_layers(model)
+    if isinstance(originals, Checkpoint):
+        _refuse_another_model(layers, originals)
+    for layer in layers:
         if isinstance(originals, Checkpoint):
             fused = originals.fused(layer.index)
         else:
             fused = dict(originals[layer.index])
         restore_layer(layer, {name: weight.to(layer.device()) for name, weight in fused.items()})
     _allow_saving(model)
+
+
+def _refuse_another_model(layers: Sequence[MoeLayer], checkpoint: Checkpoint) -> None:
+    sizes = [
+        [(layer.name, layer.num_experts, layer.hidden_size, layer.expert_size) for layer in each]
+        for each in (layers, checkpoint.layers)
+    ]
+    if sizes[0] != sizes[1]:
+        raise UserError(f"the experts of {checkpoint.folder} are not of the sizes of the model to restore")
 
 
 def _refuse_saving(model: Any) -> None:
@@ -225,80 +236,5 @@ def _allow_saving(model: Any) -> None:
 def _explain_why_not(model_type: str, *_: Any, **__: Any) -> None:
     raise UserError(
         f"this {model_type} model is compact, and no plain checkpoint can say which experts share a slot: "
-        "write one in which they are copies with fedexperts.models.compact.export_model, or restore it first"
+        "write copies with fedexperts.models.plain_checkpoint.export_model, or restore the model first"
     )
-
-
-@torch.no_grad()
-def export_model(model: Any, folder: Path) -> None:
-    """Write a compact model as a checkpoint that transformers loads as it is: one shard for each MoE layer.
-
-    Experts that share a slot are written as copies of it and dropped ones as zeros, which give nothing. So
-    the router stays as it is and the logits stay the same; and the folder is as large as the full model's. A
-    smaller ``num_experts`` could not do it: a router of fewer outputs would not choose as the full one does.
-
-    Raises:
-        UserError: the model has tensors that a plain one has no place for (LoRA, grafts).
-    """
-    layers = seam.find_moe_layers(model)
-    of_slots = tuple(f"{seam.slots_name(layer)}." for layer in layers)
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(of_slots)}
-    _refuse_strangers(model, own)
-    folder.mkdir(parents=True, exist_ok=True)
-    fused = {f"{layer.name}.{name}" for layer in layers for name in layer.parameter_names()}
-    rest = {name: tensor for name, tensor in own.items() if name not in fused}
-    writer = _ShardWriter(model, folder, num_shards=len(layers) + 1)
-    writer.write(remove_tied_weights_from_state_dict(rest, model))
-    for layer in layers:
-        writer.write({f"{layer.name}.{name}": weight for name, weight in _copies(layer).items()})
-    writer.finish()
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-
-
-def _refuse_strangers(model: Any, own: Mapping[str, Tensor]) -> None:
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(model.config).state_dict()
-    for name in own:
-        if name not in plain:
-            raise UserError(
-                f"tensor {name} has no place in a plain checkpoint: take it out of the model first"
-            )
-
-
-def _copies(layer: MoeLayer) -> dict[str, Tensor]:
-    """Fused weights (E, ...) in which each expert is what runs for it, in the dtype of the layer's own."""
-    like = {name: getattr(layer.experts, name) for name in layer.parameter_names()}
-    fused = {
-        name: torch.zeros(layer.num_experts, *weight.shape[1:], dtype=weight.dtype)
-        for name, weight in like.items()
-    }
-    slots = seam.slots_of(layer)
-    for expert in range(layer.num_experts):
-        if slots is None or expert not in slots.plan.dropped:
-            for name, weight in layer.expert(expert).items():
-                fused[name][expert] = weight
-    return fused
-
-
-class _ShardWriter:
-    """Shards with the names that the family has on disk, and their index."""
-
-    def __init__(self, model: Any, folder: Path, num_shards: int) -> None:
-        self._model, self._folder, self._num_shards = model, folder, num_shards
-        self._shard_of: dict[str, str] = {}
-        self._num_written = self._num_bytes = 0
-
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        on_disk = revert_weight_conversion(self._model, dict(tensors))
-        self._num_written += 1
-        shard = f"model-{self._num_written:05d}-of-{self._num_shards:05d}.safetensors"
-        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in on_disk.items()}
-        save_file(ready, self._folder / shard, metadata={"format": "pt"})
-        self._shard_of |= dict.fromkeys(ready, shard)
-        self._num_bytes += sum(tensor.nbytes for tensor in ready.values())
-
-    def finish(self) -> None:
-        index = {"metadata": {"total_size": self._num_bytes}, "weight_map": self._shard_of}
-        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -7,7 +7,7 @@ moves the routing more than rounding all experts does.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,8 +40,21 @@ def quantize_layer(layer: MoeLayer, form: LowBitForm) -> Originals:
         UserError: a weight is NaN or infinite, or the layer is quantised already; it is not changed then.
     """
     _refuse_what_cannot_be(layer)
+    return install_bank(layer, quantized_bank(layer, form))
+
+
+def install_bank(layer: MoeLayer, bank: QuantizedBank) -> Originals:
+    """Put ``bank``, say of a file, in the place of the experts in a layer's fused parameters.
+
+    Raises:
+        UserError: the bank holds another number of experts, or of other shapes.
+    """
     fused, slots = seam.fused_weights(layer), seam.slots_of(layer)
-    bank = quantized_bank(layer, form)
+    num_stored = len(next(iter(fused.values())))
+    wanted = replace(ExpertShapes.of_layer(layer), dtype=bank.kept.dtype)
+    if bank.num_experts != num_stored or bank.kept != wanted:
+        held = f"{bank.num_experts} experts of {dict(bank.kept.shapes)}"
+        raise UserError(f"a bank of {held} does not fit layer {layer.name}, which stores {num_stored}")
     if slots is None:
         everyone = SlotPlan(num_experts=layer.num_experts, kept=tuple(range(layer.num_experts)))
         install_slots(layer, everyone, None, bank)
@@ -49,6 +62,12 @@ def quantize_layer(layer: MoeLayer, form: LowBitForm) -> Originals:
         slots.frozen = bank
         seam.set_fused(layer, {name: weight[:0].clone() for name, weight in fused.items()})
     return Originals(fused=fused, had_slots=slots is not None)
+
+
+def banks_of(layers: Sequence[MoeLayer]) -> dict[str, QuantizedBank]:
+    """The banks that sit in ``layers``, by layer name: what ``low_bit_bank.save_banks`` takes."""
+    found = {layer.name: getattr(seam.slots_of(layer), "frozen", None) for layer in layers}
+    return {name: bank for name, bank in found.items() if isinstance(bank, QuantizedBank)}
 
 
 def quantized_bank(layer: MoeLayer, form: LowBitForm) -> QuantizedBank:

@@ -1,0 +1,95 @@
+"""A model with slots as a checkpoint that transformers loads as it is.
+
+Experts that share a slot are written as copies of it and dropped ones as zeros, which give nothing. So the
+router stays as it is and the logits stay the same; and the folder is as large as the full model's. A smaller
+``num_experts`` could not do it: a router of fewer outputs would not choose as the full one does.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from fedexperts.errors import UserError
+from fedexperts.moe import seam
+from fedexperts.moe.seam import MoeLayer
+
+
+@torch.no_grad()
+def export_model(model: Any, folder: Path) -> None:
+    """Write ``model``, compact or not, as a plain checkpoint with a shard for each MoE layer.
+
+    No more than one layer's experts are made at a time.
+
+    Raises:
+        UserError: the model has tensors that a plain one has no place for (LoRA, grafts).
+    """
+    layers = seam.find_moe_layers(model)
+    of_slots = tuple(f"{seam.slots_name(layer)}." for layer in layers)
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(of_slots)}
+    _refuse_strangers(model, own)
+    folder.mkdir(parents=True, exist_ok=True)
+    fused = {f"{layer.name}.{name}" for layer in layers for name in layer.parameter_names()}
+    rest = {name: tensor for name, tensor in own.items() if name not in fused}
+    writer = _ShardWriter(model, folder, num_shards=len(layers) + 1)
+    writer.write(remove_tied_weights_from_state_dict(rest, model))
+    for layer in layers:
+        writer.write({f"{layer.name}.{name}": weight for name, weight in _copies(layer).items()})
+    writer.finish()
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _refuse_strangers(model: Any, own: Mapping[str, Tensor]) -> None:
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(model.config).state_dict()
+    for name in own:
+        if name not in plain:
+            raise UserError(
+                f"tensor {name} has no place in a plain checkpoint: take it out of the model first"
+            )
+
+
+def _copies(layer: MoeLayer) -> dict[str, Tensor]:
+    """Fused weights (E, ...) in which each expert is what runs for it, in the dtype of the layer's own."""
+    like = {name: getattr(layer.experts, name) for name in layer.parameter_names()}
+    fused = {
+        name: torch.zeros(layer.num_experts, *weight.shape[1:], dtype=weight.dtype)
+        for name, weight in like.items()
+    }
+    slots = seam.slots_of(layer)
+    for expert in range(layer.num_experts):
+        if slots is None or expert not in slots.plan.dropped:
+            for name, weight in layer.expert(expert).items():
+                fused[name][expert] = weight
+    return fused
+
+
+class _ShardWriter:
+    """Shards with the names that the family has on disk, and their index."""
+
+    def __init__(self, model: Any, folder: Path, num_shards: int) -> None:
+        self._model, self._folder, self._num_shards = model, folder, num_shards
+        self._shard_of: dict[str, str] = {}
+        self._num_written = self._num_bytes = 0
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        on_disk = revert_weight_conversion(self._model, dict(tensors))
+        self._num_written += 1
+        shard = f"model-{self._num_written:05d}-of-{self._num_shards:05d}.safetensors"
+        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in on_disk.items()}
+        save_file(ready, self._folder / shard, metadata={"format": "pt"})
+        self._shard_of |= dict.fromkeys(ready, shard)
+        self._num_bytes += sum(tensor.nbytes for tensor in ready.values())
+
+    def finish(self) -> None:
+        index = {"metadata": {"total_size": self._num_bytes}, "weight_map": self._shard_of}
+        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
