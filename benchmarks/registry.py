@@ -5,7 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compaction, end_to_end, job_tables, local_steps, memory, quantization, slots
+from benchmarks import (
+    compaction,
+    end_to_end,
+    job_tables,
+    local_steps,
+    memory,
+    memory_plan,
+    quantization,
+    slots,
+)
 from benchmarks.tables import Table, machine_text, markdown, put_into
 
 
@@ -29,6 +38,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         measure=end_to_end.measure, tables=job_tables.end_to_end, quick={"repeats": 1, "num_local_steps": 2}
     ),
     "memory": Benchmark(measure=memory.measure, tables=job_tables.memory, quick={"repeats": 1, "many": 12}),
+    "memory_plan": Benchmark(measure=memory_plan.measure, tables=memory_plan.tables, quick={"cases": 1}),
     "compaction": Benchmark(
         measure=compaction.measure,
         tables=compaction.tables,

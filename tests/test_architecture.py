@@ -23,6 +23,7 @@ ROWS = (
     ("evaluation",),
     ("costs",),
     ("algorithms",),
+    ("dry_run",),
     ("local",),
     ("models",),
     ("data", "moe"),

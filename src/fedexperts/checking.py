@@ -1,7 +1,9 @@
 """What a run would do, before it is run: clients, parameters, bytes and memory."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,15 @@ from fedexperts.costs import (
     Stopwatch,
     predict_memory,
     predict_round,
-    trained_tensors,
 )
 from fedexperts.data.batches import BatchCounts, encode_all
+from fedexperts.data.prompts import Encoded
 from fedexperts.data.split import SPLITS
 from fedexperts.data.table import LabelRow, label_table
+from fedexperts.dry_run import BatchShape
 from fedexperts.federation.cohort import draw_cohort
 from fedexperts.federation.personal import PersonalStore
+from fedexperts.moe import seam
 from fedexperts.result import describe_parameters
 from fedexperts.workbench import Workbench, open_workbench
 
@@ -35,6 +39,8 @@ class ClientFacts:
     """Who it is, the sizes of its splits, and its labels."""
     counts: BatchCounts
     """Of its training examples: tokens, labels, truncated, without label."""
+    fullest_batch: BatchShape
+    """No batch that it draws is longer or has more labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +94,8 @@ class CheckReport:
         return table
 
     def _cost_table(self) -> Table:
-        table = Table("predicted", "amount", title="Bytes and memory")
+        note = "memory is that of tensors; a process and its allocator take more (docs/planning.md)"
+        table = Table("predicted", "amount", title="Bytes and memory", caption=note)
         table.columns[1].justify = "right"
         exchanges = self.cohort_size * self.num_rounds
         table.add_row("upload, one client, one round", f"{self.bytes.upload:,} bytes")
@@ -155,19 +162,28 @@ def check_experiment(config: RunConfig) -> CheckReport:
 
 
 def _facts(bench: Workbench, row: LabelRow) -> ClientFacts:
-    _, counts = encode_all(bench.format, bench.data.examples(row.client_id, "train"))
-    return ClientFacts(row=row, counts=counts)
+    encoded, counts = encode_all(bench.format, bench.data.examples(row.client_id, "train"))
+    return ClientFacts(
+        row=row, counts=counts, fullest_batch=_fullest_batch(encoded, bench.config.training.batch_size)
+    )
+
+
+def _fullest_batch(encoded: Sequence[Encoded], batch_size: int) -> BatchShape:
+    labels = sorted((each.num_labels for each in encoded), reverse=True)
+    return BatchShape(
+        examples=batch_size,
+        length=max((len(each.input_ids) for each in encoded), default=1),
+        labels=max(1, sum(islice(cycle(labels or [0]), batch_size))),
+    )
 
 
 def _memory(bench: Workbench, clients: tuple[ClientFacts, ...]) -> PredictedMemory:
     names = (*bench.algorithm.upload_names(bench.parts), *bench.algorithm.personal_names(bench.parts))
-    training = bench.config.training
-    longest = max(facts.counts.num_tokens / max(facts.counts.num_examples, 1) for facts in clients)
     return predict_memory(
-        bench.parts,
-        trained_tensors(bench.parts, names),
-        tokens_per_batch=round(training.batch_size * min(1.5 * longest, bench.config.data.max_tokens)),
-        recomputes=training.gradient_checkpointing,
+        bench.parts.model,
+        sorted(seam.fused_names(names)),
+        max((facts.fullest_batch for facts in clients), key=lambda shape: (shape.length, shape.labels)),
+        bench.config.training,
     )
 
 

@@ -1,16 +1,15 @@
 """Bytes and memory of a round before it is run, and seconds while it runs."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
-
-from torch import Tensor
+from typing import Any
 
 from fedexperts.algorithms.api import Algorithm, ModelParts, ServerState
+from fedexperts.dry_run import BatchShape, peak_of_local_steps
+from fedexperts.local import TrainingSettings
 from fedexperts.messages import predict_bytes
-from fedexperts.moe import seam
 from fedexperts.tensors import num_bytes
 
 ADAM_BYTES = 2
@@ -36,13 +35,17 @@ def predict_round(algorithm: Algorithm, state: ServerState, parts: ModelParts) -
 
 @dataclass(frozen=True, kw_only=True)
 class PredictedMemory:
-    """Bytes that a client's turn needs, by what they hold."""
+    """Bytes of tensors at the fullest moment of a client's turn, by what they hold.
+
+    The process itself, and what allocators keep of freed memory, come on top (docs/planning.md).
+    """
 
     weights: int
+    """Parameters and buffers of the model, whatever trains."""
     gradients: int
     optimizer: int
     activations: int
-    """Estimated: what the backward pass keeps of one batch, from the model's sizes; exact for none."""
+    """All else that lives then: what the backward pass keeps of one batch, and values on their way."""
 
     @property
     def total(self) -> int:
@@ -51,41 +54,28 @@ class PredictedMemory:
 
 
 def predict_memory(
-    parts: ModelParts, trained: Mapping[str, Tensor], *, tokens_per_batch: int, recomputes: bool
+    model: Any, trained: Sequence[str], shape: BatchShape, settings: TrainingSettings
 ) -> PredictedMemory:
-    """Memory of a client's turn with the model as it stands, grafts included.
+    """Memory of local steps with the model as it stands, grafts and slots included; nothing is computed.
 
     Args:
-        parts: the model with everything in place.
-        trained: parameters that local steps train, by name.
-        tokens_per_batch: tokens of one batch, padding included.
-        recomputes: whether gradient checkpointing is on.
+        model: a language model in the seat; its tensors may be on the meta device.
+        trained: names of the parameters that local steps train.
+        shape: of the fullest batch.
+        settings: the section ``[training]``.
     """
-    weights = sum(p.numel() * p.element_size() for p in parts.model.parameters())
-    gradients = num_bytes(trained)
+    wanted = set(trained)
+    gradients = num_bytes({name: p for name, p in model.named_parameters() if name in wanted})
+    optimizer = ADAM_BYTES * gradients
+    peak = peak_of_local_steps(model, trained, shape, settings)
     return PredictedMemory(
-        weights=weights,
+        weights=sum(
+            tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers())
+        ),
         gradients=gradients,
-        optimizer=ADAM_BYTES * gradients,
-        activations=_activations(parts, tokens_per_batch, recomputes),
+        optimizer=optimizer,
+        activations=max(0, peak - gradients - optimizer),
     )
-
-
-def _activations(parts: ModelParts, tokens: int, recomputes: bool) -> int:
-    """Per layer: about 16 hidden-size and, for each of top-k experts and the shared one, 4 inner-size rows.
-
-    With recomputation one hidden-size row per layer stays, and one layer at a time is whole. The logits,
-    their softmax and its gradient are kept in float32 in either case.
-    """
-    config: Any = cast(Any, parts.model).config.get_text_config()
-    bytes_each = next(parts.model.parameters()).element_size()
-    hidden, inner = parts.layers[0].hidden_size, parts.layers[0].expert_size
-    top_k = int(getattr(config, "num_experts_per_tok", 0) or getattr(config, "moe_topk", 0) or 2)
-    shared = getattr(config, "shared_expert_intermediate_size", None) or 0
-    layer = tokens * bytes_each * (16 * hidden + top_k * (4 * inner + 3 * hidden) + 4 * shared)
-    depth = config.num_hidden_layers
-    kept = layer + depth * tokens * hidden * bytes_each if recomputes else depth * layer
-    return int(kept + 3 * tokens * config.vocab_size * 4)
 
 
 def parameter_table(parts: ModelParts, groups: Mapping[str, str]) -> dict[str, int]:
@@ -120,8 +110,3 @@ class Stopwatch:
     def total(self) -> float:
         """Seconds since the stopwatch was made."""
         return time.perf_counter() - self._started
-
-
-def trained_tensors(parts: ModelParts, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """The parameters that hold the tensors called ``names`` (an expert's is its fused parameter)."""
-    return seam.tensor_views(parts.model, seam.fused_names(names))
