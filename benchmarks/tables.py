@@ -40,17 +40,17 @@ def markdown(tables: Sequence[Table]) -> str:
     return "\n\n".join(blocks)
 
 
-def put_into(document: str, name: str, text: str) -> str:
+def put_into(document: str, name: str, text: str, command: str = "python -m benchmarks") -> str:
     """``document`` with ``text`` between the marks of ``name``."""
-    begin, end = marks(name)
+    begin, end = marks(name, command)
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     assert pattern.search(document), f"the document has no marks {begin} and {end}"
     return pattern.sub(lambda _: f"{begin}\n\n{text}\n\n{end}", document)
 
 
-def marks(name: str) -> tuple[str, str]:
-    """Where the figures of ``name`` begin and end in a document."""
-    return f"<!-- figures of {name}: by python -m benchmarks -->", f"<!-- end of {name} -->"
+def marks(name: str, command: str = "python -m benchmarks") -> tuple[str, str]:
+    """Where the figures of ``name``, made by ``command``, begin and end in a document."""
+    return f"<!-- figures of {name}: by {command} -->", f"<!-- end of {name} -->"
 
 
 def machine_text(machine: Mapping[str, Any]) -> str:

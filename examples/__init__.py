@@ -1,0 +1,1 @@
+"""What the library does, step by step, on the embedded model."""
