@@ -230,3 +230,15 @@ def test_how_the_model_generates_is_loaded_too(tmp_path: Path) -> None:
     compact = load_compact(Checkpoint(tmp_path), PLANS, MERGE)
     assert compact.generation_config.max_new_tokens == 7
     assert compact.generate(TOKENS).shape == (2, TOKENS.shape[1] + 7)
+
+
+def test_the_example_in_the_documentation_runs(tmp_path: Path, monkeypatch, capsys) -> None:
+    full = saved("qwen2_moe", tmp_path / "model")
+    text = (Path(__file__).parents[2] / "docs" / "compact_models.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    live = seam.find_moe_layers(full)[1].expert(3)
+    assert all(torch.equal(names["one"][name], live[name]) for name in live)
+    assert "quantised 12 of 12 experts" in capsys.readouterr().out
