@@ -107,7 +107,7 @@ def tables(figures: Figures) -> list[Table]:
     process = sorted(case["process"] for case in cases)[len(cases) // 2]
     return [
         Table(
-            title=f"Peak memory of local steps, {size}, above the {process / 1e6:.0f} MB of the process itself",
+            title=f"Peak memory, {size}, above the {process / 1e6:.0f} MB of the process itself",
             columns=("", "predicted, MB", "measured, MB", "predicted / measured", "usual allocator, MB"),
             rows=rows,
         )
