@@ -75,7 +75,8 @@ def run_rows(bank: Bank, experts: Any, hidden_TD: Tensor, rows: Rows) -> Tensor:
     trained = bank.trained()
     assert not any(p.requires_grad for p in seam.norm_parameters(experts)), "the norm after experts is frozen"
     job = _Job(bank, experts, tuple(trained), rows.token_R, rows.sizes)
-    return cast(Tensor, _ExpertRows.apply(job, hidden_TD, rows.weight_R, *trained.values()))
+    apply: Any = _ExpertRows.apply
+    return cast(Tensor, apply(job, hidden_TD, rows.weight_R, *trained.values()))
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class _ExpertRows(torch.autograd.Function):
         return output_TD
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         job: _Job = ctx.job
         hidden_TD, weight_R, *rest = ctx.saved_tensors

@@ -77,7 +77,7 @@ class MoeLayer:
         A router of several layers has no such weight and gives rows of its own.
         """
         if hasattr(self.router, "rows"):
-            return cast(Tensor, self.router.rows()[expert])
+            return cast(Tensor, cast(Any, self.router).rows()[expert])
         shape = (self.num_experts, self.hidden_size)
         for parameter in self.router.parameters():
             if parameter.shape == shape:
