@@ -110,15 +110,15 @@ def relative_error(profile: LayerProfile, exact: LayerProfile) -> float:
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
-def test_error_told_is_the_error_made(family: str) -> None:
-    """Over 20 draws of the queries: both are root mean squares over experts, and agree within a factor."""
+def test_error_told_is_no_less_than_the_error_made(family: str) -> None:
+    """Root mean squares over experts and 20 draws; half samples differ more than the whole errs."""
     model = tiny_model(family, sliding_window=512, max_position_embeddings=256)
     layers, batch = seam.find_moe_layers(model), long_batch()
     (exact, _) = profile_experts(model, layers, [batch], num_queries=PLENTY)
     drawn = [profile_experts(model, layers, [batch], num_queries=32, seed=seed)[0] for seed in range(20)]
     made = torch.tensor([relative_error(profile, exact) for profile in drawn]).square().mean().sqrt()
     told = torch.tensor([profile.attention_error for profile in drawn]).square().mean().sqrt()
-    assert 0.5 < told / made < 2
+    assert 0.8 < told / made < 4
     assert made < 0.1
 
 

@@ -94,25 +94,26 @@ class AttentionMeter:
         generator = derive_random(self._seed, "attention queries", self._num_batches)
         rows = [row.nonzero().squeeze(-1).tolist() for row in is_token_BS.cpu()]
         width = min(self._num_queries, max((len(row) for row in rows), default=0))
-        queries = torch.zeros(len(rows), width, dtype=torch.int64)
-        stretches = torch.zeros(len(rows), width)
-        for number, places in enumerate(rows):
+        queries, stretches = [], []
+        for places in rows:
             count = min(width, len(places))
             edges = [place * len(places) // max(count, 1) for place in range(count + 1)]
-            queries[number] = places[-1] if places else 0
-            for query, (start, end) in enumerate(itertools.pairwise(edges)):
-                # the last query is the last token's, which alone sees every token
-                drawn = end - 1 if query == count - 1 else generator.randrange(start, end)
-                queries[number, query], stretches[number, query] = places[drawn], end - start
-        return queries, stretches
+            drawn = [generator.randrange(start, end) for start, end in itertools.pairwise(edges)]
+            # the last query is the last token's, which alone sees every token; it also fills up
+            drawn[-1:] = [len(places) - 1] * (width - len(drawn) + 1)
+            queries.append([places[one] for one in drawn] if places else [0] * width)
+            lengths = [end - start for start, end in itertools.pairwise(edges)]
+            stretches.append(lengths + [0] * (width - count))
+        return torch.tensor(queries), torch.tensor(stretches, dtype=torch.float32)
 
-    def see(self, module: nn.Module, weights_BQS: Tensor, is_seen_BQS: Tensor) -> None:
-        """Reduce the sampled queries' weights, mean over heads, to what each position received."""
+    def see(self, module: nn.Module, weights_BHQS: Tensor, is_seen_BQS: Tensor) -> None:
+        """Reduce the sampled queries' weights to what each position received."""
+        num_heads, num_queries = weights_BHQS.shape[1:3]
         # 1 2 2 1 1 2 2 1: what grows or falls along a sequence is the same in both halves
-        in_first_Q = torch.arange(weights_BQS.shape[1], device=weights_BQS.device) % 4 % 3 == 0
-        in_half_2Q = torch.stack([in_first_Q, ~in_first_Q])
-        stands_for_B2Q = self._stretch_BQ.unsqueeze(1) * in_half_2Q
-        given_B2S = stands_for_B2Q @ weights_BQS
+        in_first_Q = torch.arange(num_queries, device=weights_BHQS.device) % 4 % 3 == 0
+        stands_for_B2Q = self._stretch_BQ.unsqueeze(1) * torch.stack([in_first_Q, ~in_first_Q])
+        # one product over heads and queries, which reads the weights once
+        given_B2S = stands_for_B2Q.repeat(1, 1, num_heads) @ weights_BHQS.flatten(1, 2) / num_heads
         seen_B2S = stands_for_B2Q @ is_seen_BQS.float()
         whole_BS = given_B2S.sum(1) / seen_B2S.sum(1)
         # a token that only one half sees has the whole's estimate in both
@@ -142,7 +143,7 @@ class AttentionMeter:
     def weights(
         self, query: Tensor, key: Tensor, scaling: float, seen_BQS: Tensor, added: Tensor | None
     ) -> Tensor:
-        """Softmax weights of the sampled queries, mean over heads: float32 (B, Q, S)."""
+        """Softmax weights of the sampled queries: float32 (B, H, Q, S)."""
         num_sequences, num_heads, _, width = query.shape
         index = self._queries_BQ[:, None, :, None].expand(-1, num_heads, -1, width)
         # query heads that share a key head are one matrix, so that keys are not repeated
@@ -150,8 +151,8 @@ class AttentionMeter:
         scores = ((grouped * scaling) @ key.mT).reshape(num_sequences, num_heads, *seen_BQS.shape[1:])
         if added is not None:
             scores += added
-        scores = scores.float().masked_fill_(~seen_BQS.unsqueeze(1), -torch.inf)
-        return torch.softmax(scores, dim=-1).mean(1)
+        hidden_BQS = torch.zeros(seen_BQS.shape, device=query.device).masked_fill_(~seen_BQS, -torch.inf)
+        return torch.softmax(scores.float().add_(hidden_BQS.unsqueeze(1)), dim=-1)
 
 
 def _attention_beside(model: Any, layer: MoeLayer) -> list[nn.Module]:
@@ -196,7 +197,8 @@ def _watched_eager(
     meter = getattr(module, _METER, None)
     if meter is not None and weights is not None:
         seen, _ = meter.rows(attention_mask, True, key.shape[2])
-        meter.see(module, meter.rows_of(weights.float().mean(1)[..., : key.shape[2]]), seen)
+        rows = meter.rows_of(weights.float().mean(1)[..., : key.shape[2]])
+        meter.see(module, rows.unsqueeze(1), seen)
     return output, weights
 
 

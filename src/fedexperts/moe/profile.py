@@ -38,7 +38,8 @@ class LayerProfile:
     0 for an expert without tokens; None if not asked for or if the layer's block has no softmax attention."""
     attention_error: float | None
     """Standard error of ``mean_attention_E`` that comes from sampling queries, relative to its mean over the
-    experts, as the difference of two half samples shows it; 0 if all queries counted."""
+    experts, as the difference of two half samples shows it: rather too high, by up to two or three times
+    where weights change smoothly along a sequence; 0 if all queries counted."""
 
     @property
     def frequency_E(self) -> Tensor:
