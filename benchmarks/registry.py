@@ -13,6 +13,7 @@ from benchmarks import (
     memory,
     memory_plan,
     quantization,
+    selection,
     slots,
 )
 from benchmarks.tables import Table, machine_text, markdown, put_into
@@ -48,6 +49,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         measure=quantization.measure,
         tables=quantization.tables,
         quick={"repeats": 1, "num_steps": 1, "num_batches": 1, "length": 8},
+    ),
+    "selection": Benchmark(
+        measure=selection.measure, tables=selection.tables, quick={"repeats": 1, **selection.QUICK}
     ),
     "slots": Benchmark(
         measure=slots.measure, tables=slots.tables, quick={"repeats": 1, "num_steps": 1, "length": 8}
