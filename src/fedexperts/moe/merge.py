@@ -37,6 +37,7 @@ from fedexperts.moe.cluster import (
 from fedexperts.moe.refit import refit_down
 from fedexperts.moe.seam import MoeLayer
 from fedexperts.moe.slots import SlotPlan, has_slots, restore_layer, split_layer
+from fedexperts.tensors import is_finite
 
 Weighting = Literal["attention_frequency", "frequency", "mean"]
 
@@ -293,7 +294,7 @@ def _check_member(
     if sizes != wanted:
         raise UserError(f"experts of unequal sizes cannot be merged: {sizes} and {wanted}")
     for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
+        if not is_finite(weight):
             raise UserError(f"member {position} of a merge has a {name} with a NaN or an infinity")
 
 
