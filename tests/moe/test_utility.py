@@ -222,6 +222,18 @@ def test_many_probes_come_near_the_exact_utility(qwen: Seated, with_slots: bool)
         assert float(found.squares_LE[1][expert]) == pytest.approx(expected, rel=0.5)
 
 
+def test_size_of_the_noise_hardly_matters(qwen: Seated):
+    """A token that would change its experts keeps them; a jump would weigh the more the smaller the noise."""
+    batches = [make_batch(9, 7, 8)]
+    small, large = (
+        probed_utility(
+            qwen.model, qwen.layers, batches, [[0, 1, 2, 3], []], num_pairs=3, seed=2, relative_sigma=sigma
+        ).squares_LE[0]
+        for sigma in (0.01, 0.1)
+    )
+    torch.testing.assert_close(small, large, rtol=0.1, atol=1e-6)
+
+
 def test_probes_are_the_same_for_the_same_seed(qwen: Seated):
     batches = [make_batch(6, 5)]
     first, second, other = (

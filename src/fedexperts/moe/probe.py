@@ -7,6 +7,10 @@ meant, and what utility needs.) One pair of passes is a single draw of a chi-squ
 freedom for each sequence: the estimate of one sequence has a standard deviation of 1.4 times its value, and
 sums over sequences and pairs have less.
 
+A gradient holds the choice of experts fixed, and noise does not: a token that changes its experts in a later
+layer makes the loss jump, and a jump divided by a small ``σ`` is huge. So a token whose choice changes is
+given the experts and weights of the pass without noise, and the size of ``σ`` hardly matters.
+
 No weight is changed: the probed expert is run with other weights than the model's.
 
 Shape suffixes: ``B`` sequences of a batch, ``E`` experts, ``L`` layers, ``T`` tokens, ``K`` top-k.
@@ -30,17 +34,19 @@ from fedexperts.moe.slots import FusedExperts, Slots
 from fedexperts.moe.utility import Utility, run_by_rows, sample_losses
 from fedexperts.seeds import derive_seed
 
-RELATIVE_SIGMA = 0.02
+RELATIVE_SIGMA = 0.05
 """σ as a share of the root mean square of the expert's weights."""
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some sequences of a batch."""
+    """Some sequences of a batch, and where their tokens are sent without noise."""
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    routing: list[tuple[Tensor, Tensor]]
+    """By layer the chosen experts and their weights, (B, S, K)."""
 
 
 @torch.no_grad()
@@ -75,38 +81,74 @@ def probed_utility(
     squares = [torch.zeros(layer.num_experts, dtype=torch.float64) for layer in layers]
     counts = [torch.zeros(layer.num_experts, dtype=torch.int64) for layer in layers]
     with evaluation_mode(model), run_by_rows(layers):
-        reached = [_who_reaches(model, layers, batch) for batch in batches]
+        routed = [_RoutedBatch(model, layers, batch) for batch in batches]
         for at, layer in enumerate(layers):
             for expert in chosen[at]:
-                is_reached = [each[at][:, expert] for each in reached]
-                parts = [_some(batch, of) for batch, of in zip(batches, is_reached, strict=True) if of.any()]
+                reached = [each.reached(at, expert) for each in routed]
+                parts = [part for part in reached if len(part.labels)]
                 counts[at][expert] = sum(len(part.labels) for part in parts)
                 for pair in range(num_pairs):
                     purpose = ("probe", layer.index, expert, pair)
                     probe = _Probe(layer, expert, relative_sigma, derive_seed(seed, *purpose))
-                    squares[at][expert] += probe.squares(model, parts) / num_pairs
+                    for part in parts:
+                        with _held_routing(layers, part):
+                            squares[at][expert] += probe.squares(model, part) / num_pairs
     return Utility(squares_LE=squares, counts_LE=counts)
 
 
-def _some(batch: LabelledBatch, is_chosen_B: Tensor) -> _Rows:
-    return _Rows(batch.input_ids[is_chosen_B], batch.attention_mask[is_chosen_B], batch.labels[is_chosen_B])
+class _RoutedBatch:
+    """A batch, and which experts its tokens are sent to."""
+
+    def __init__(self, model: Any, layers: Sequence[MoeLayer], batch: LabelledBatch) -> None:
+        self._batch = batch
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        shape = (*batch.attention_mask.shape, -1)
+
+        def see(layer: MoeLayer, _: Tensor, index_TK: Tensor, weight_TK: Tensor, __: Tensor) -> None:
+            found[layer.index] = index_TK.reshape(shape), weight_TK.reshape(shape)
+
+        with seam.watch_experts(layers, see):
+            sample_losses(model, batch)
+        self._routing = [found[layer.index] for layer in layers]
+
+    def reached(self, at: int, expert: int) -> _Rows:
+        """The sequences of which a token is sent to ``expert`` of the layer in place ``at``."""
+        batch, (index_BSK, _) = self._batch, self._routing[at]
+        is_token_BS = batch.attention_mask.bool().to(index_BSK.device)
+        is_hit_B = ((index_BSK == expert).any(dim=-1) & is_token_BS).any(dim=-1)
+        hit = is_hit_B.to(batch.labels.device)
+        return _Rows(
+            batch.input_ids[hit],
+            batch.attention_mask[hit],
+            batch.labels[hit],
+            [(index[is_hit_B], weight[is_hit_B]) for index, weight in self._routing],
+        )
 
 
-def _who_reaches(model: Any, layers: Sequence[MoeLayer], batch: LabelledBatch) -> list[Tensor]:
-    """By layer which sequences have a token at which expert, bool (B, E) in main memory."""
-    found: dict[int, Tensor] = {}
-    mask = batch.attention_mask.bool().cpu()
+@contextmanager
+def _held_routing(layers: Sequence[MoeLayer], part: _Rows) -> Iterator[None]:
+    """Send tokens that would change their experts where they went without noise."""
 
-    def see(layer: MoeLayer, _: Tensor, index_TK: Tensor, *__: Tensor) -> None:
-        is_hit_BE = torch.zeros(len(mask), layer.num_experts, dtype=torch.bool)
-        for chosen_T in index_TK.cpu().unbind(dim=1):
-            row, column = torch.nonzero(mask, as_tuple=True)
-            is_hit_BE[row, chosen_T.reshape(mask.shape)[row, column]] = True
-        found[layer.index] = is_hit_BE
+    def hook(at: int) -> Any:
+        held_TK, held_weight_TK = (each.flatten(0, 1) for each in part.routing[at])
 
-    with seam.watch_experts(layers, see):
-        sample_losses(model, batch)
-    return [found[layer.index] for layer in layers]
+        def hold(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+            hidden_TD, index_TK, weight_TK = args
+            is_same_T1 = (index_TK.sort(dim=1)[0] == held_TK.sort(dim=1)[0]).all(dim=1, keepdim=True)
+            return (
+                hidden_TD,
+                torch.where(is_same_T1, index_TK, held_TK),
+                torch.where(is_same_T1, weight_TK, held_weight_TK),
+            )
+
+        return hold
+
+    handles = [layer.experts.register_forward_pre_hook(hook(at)) for at, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Probe:
@@ -125,13 +167,11 @@ class _Probe:
             for name, weight in sorted(weights.items())
         }
 
-    def squares(self, model: Any, parts: Sequence[_Rows]) -> float:
+    def squares(self, model: Any, part: _Rows) -> float:
         """Estimate of the sum over sequences of the squared gradient norm."""
-        total = 0.0
-        for part in parts:
-            above_B, below_B = (self._losses(model, part, sign) for sign in (1, -1))
-            total += float((((above_B - below_B) / (2 * self._sigma)) ** 2).sum()) if self._sigma else 0.0
-        return total
+        above_B, below_B = (self._losses(model, part, sign) for sign in (1, -1))
+        slope_B = (above_B - below_B) / (2 * max(self._sigma, 1e-30))
+        return float(slope_B.square().sum())
 
     def _losses(self, model: Any, part: _Rows, sign: int) -> Tensor:
         noise = {name: sign * each for name, each in self._noise.items()}
