@@ -7,6 +7,7 @@ common small sizes, a dictionary says so.
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fedexperts.errors import UserError
@@ -183,4 +184,13 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        _fill_zeros(model)
     return cast(PreTrainedModel, model.eval())
+
+
+@torch.no_grad()
+def _fill_zeros(model: nn.Module) -> None:
+    """What a family starts at zero (a router, experts' biases) would make all tokens or experts alike."""
+    for parameter in model.parameters():
+        if parameter.dim() >= 2 and not parameter.any():
+            parameter.normal_(std=_SMALL["initializer_range"])
