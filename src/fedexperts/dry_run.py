@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedexperts.data.batches import IGNORED_LABEL, Batch
-from fedexperts.local import ParameterGroup, TrainingSettings, local_steps
+from fedexperts.local import MOMENTS, ParameterGroup, TrainingSettings, local_steps
 from fedexperts.moe import seam
 
 _aten = torch.ops.aten
@@ -44,9 +45,9 @@ def peak_of_local_steps(
 ) -> int:
     """Largest number of bytes in tensors at once during local steps, the model's own not counted.
 
-    That is gradients, AdamW's state, activations and whatever lives between them; the second step is the
-    fullest, as it begins with AdamW's state. Routing is taken as even: its shape matters to experts in slots
-    only. ``model`` is left as it is, and nothing is computed.
+    That is gradients, AdamW's state, activations and whatever lives between them. One step is run with
+    AdamW's state there from the beginning, as it is in all steps but the first. Routing is taken as even: its
+    shape matters to experts in slots only. ``model`` is left as it is, and nothing is computed.
 
     Args:
         model: in the seat, with adapters, grafts and slots in place; its tensors may be on the meta device.
@@ -54,24 +55,50 @@ def peak_of_local_steps(
         shape: of each batch.
         settings: the section ``[training]``.
     """
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with FakeCopyMode(fake_mode):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _ShapesOnly(mode):
         fake = copy.deepcopy(model)
-    with fake_mode, _meter_of(fake) as meter:
-        if any(parameter.is_meta for parameter in fake.parameters()):
-            # On the meta device attention would take another way than on a real one.
-            fake.to_empty(device="cpu")
-        batch = _fake_batch(shape)
+    with mode, _meter_of(fake) as meter:
+        batch, moments = _fake_batch(shape), _fake_moments(fake, trained)
         meter.num_labels = shape.labels
         with meter:
             local_steps(
                 fake,
-                [batch, batch],
+                [batch],
                 [ParameterGroup(names=tuple(trained), lr=1e-3)],
-                replace(settings, num_local_steps=2),
+                replace(settings, num_local_steps=1),
                 seed=0,
+                moments=moments,
             )
     return meter.peak
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Copies made meanwhile have the tensors' shapes, dtypes and devices, but no bytes and no values.
+
+    A copy of a meta tensor is said to be on a CPU: on the meta device attention would take another way.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        """Copies belong to ``mode``."""
+        super().__init__()
+        self._mode = mode
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer to the two ways in which ``deepcopy`` copies parameters and other tensors."""
+        if func is torch._C.TensorBase.clone:
+            return self._empty(args[0])
+        if func is Tensor.__deepcopy__:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), self._empty(tensor).requires_grad_(tensor.requires_grad))
+        return func(*args, **(kwargs or {}))
+
+    def _empty(self, tensor: Tensor) -> Tensor:
+        device = "cpu" if tensor.is_meta else tensor.device
+        with torch._C.DisableTorchFunction(), self._mode:
+            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
 
 
 def _fake_batch(shape: BatchShape) -> Batch:
@@ -83,6 +110,15 @@ def _fake_batch(shape: BatchShape) -> Batch:
         num_examples=shape.examples,
         num_labels=shape.labels,
     )
+
+
+def _fake_moments(model: nn.Module, trained: Sequence[str]) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    return {
+        f"optimizer.{what}.{name}": torch.zeros(()) if what == "step" else torch.zeros_like(parameters[name])
+        for name in trained
+        for what in MOMENTS
+    }
 
 
 @contextmanager
