@@ -45,6 +45,8 @@ LARGEST = 8
 """Most experts that can be chosen."""
 CHUNK_BYTES = 256 * 1024**2
 """Memory for the experts' outputs of one chunk of tokens."""
+_BLOCK_BYTES = {"cpu": 4 * 1024**2, "cuda": 64 * 1024**2}
+"""Memory for the float64 vectors of one block of tokens: on a processor they should stay in its cache."""
 _LEAST_LOGIT = -300.0
 """Below the best logit of a token; exp of it, squared, is still above the least float64."""
 _SAME_SHARE = 0.02
@@ -212,9 +214,8 @@ def _distances(layer: MoeLayer, batch: LayerActivations, rule: SubsetRule) -> Te
     for chunk in _chunks(layer, batch):
         outputs_TED = _outputs(layer, chunk)
         target_TD = _target(chunk, rule).to(outputs_TED.device)
-        for rows in _blocks_of_rows(outputs_TED):
-            apart_TED = outputs_TED[rows].double() - target_TD[rows].double().unsqueeze(1)
-            squared_E += apart_TED.square_().sum((0, 2)).cpu()
+        for _, apart_TED in _apart(outputs_TED, target_TD):
+            squared_E += torch.linalg.vector_norm(apart_TED, dim=(0, 2)).square().cpu()
     return squared_E.sqrt()
 
 
@@ -254,10 +255,9 @@ def _forms(layer: MoeLayer, batch: LayerActivations, rule: SubsetRule) -> Iterat
         w_TE = logits_TE.exp()
         outputs_TED, target_TD = _outputs(layer, chunk), _target(chunk, rule).to(device)
         a_TEE = torch.empty(*w_TE.shape, w_TE.shape[1], dtype=torch.float64, device=device)
-        for rows in _blocks_of_rows(outputs_TED):
-            apart_TED = outputs_TED[rows].double() - target_TD[rows].double().unsqueeze(1)
-            apart_TED *= w_TE[rows].unsqueeze(-1)
+        for rows, apart_TED in _apart(outputs_TED, target_TD):
             torch.bmm(apart_TED, apart_TED.mT, out=a_TEE[rows])
+        a_TEE.mul_(w_TE.unsqueeze(2)).mul_(w_TE.unsqueeze(1))
         yield QuadraticForms(a_REE=a_TEE, w_RE=w_TE, top_k=chunk.top_k_index_TK.shape[1])
 
 
@@ -267,17 +267,15 @@ def _router_form(layer: MoeLayer, batch: LayerActivations, rule: SubsetRule) -> 
     weights_TE = routing_weights(batch, layer.name).to(device).double()
     start = 0
     for chunk in _chunks(layer, batch):
-        outputs_TED, target_TD = _outputs(layer, chunk), _target(chunk, rule).to(device)
+        outputs_TED, target_TD = _outputs(layer, chunk), _target(chunk, rule).to(device).double()
+        scratch_TFD = _scratch(outputs_TED, num_experts + 1)
         for rows in _blocks_of_rows(outputs_TED):
-            outputs = outputs_TED[rows]
-            parts_TFD = torch.empty(
-                len(outputs), num_experts + 1, layer.hidden_size, dtype=torch.float64, device=device
-            )
-            weights = weights_TE[start : start + len(outputs)].unsqueeze(-1)
-            torch.mul(outputs, weights, out=parts_TFD[:, :-1])
-            parts_TFD[:, -1] = -target_TD[rows]
+            weights_TE1 = weights_TE[start:][rows].unsqueeze(-1)
+            parts_TFD = scratch_TFD[: len(weights_TE1)]
+            torch.mul(outputs_TED[rows], weights_TE1, out=parts_TFD[:, :-1])
+            torch.neg(target_TD[rows], out=parts_TFD[:, -1])
             sum_FF += torch.bmm(parts_TFD, parts_TFD.mT).sum(0)
-            start += len(outputs)
+        start += len(outputs_TED)
     a_EE = sum_FF[:-1, :-1].clone()
     a_EE.diagonal().add_(2 * sum_FF[-1, :-1])
     return QuadraticForms(a_REE=a_EE.unsqueeze(0), const_R=sum_FF[-1, -1].unsqueeze(0))
@@ -299,11 +297,27 @@ def _chunks(layer: MoeLayer, batch: LayerActivations) -> Iterator[LayerActivatio
         yield batch.rows(slice(start, start + step))
 
 
+def _apart(outputs_TED: Tensor, target_TD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of tokens, and the experts' outputs less the target, float64, in memory that is used again."""
+    scratch_TED, target_TD = _scratch(outputs_TED, outputs_TED.shape[1]), target_TD.double()
+    for rows in _blocks_of_rows(outputs_TED):
+        wanted_T1D = target_TD[rows].unsqueeze(1)
+        yield rows, torch.sub(outputs_TED[rows], wanted_T1D, out=scratch_TED[: len(wanted_T1D)])
+
+
+def _scratch(outputs_TED: Tensor, num_vectors: int) -> Tensor:
+    rows = min(_block_size(outputs_TED), len(outputs_TED))
+    return outputs_TED.new_empty(rows, num_vectors, outputs_TED.shape[2], dtype=torch.float64)
+
+
 def _blocks_of_rows(outputs_TED: Tensor) -> Iterator[slice]:
-    """Blocks whose float64 copy takes an eighth of :data:`CHUNK_BYTES`."""
-    step = max(1, CHUNK_BYTES // (64 * outputs_TED[0].numel()))
+    step = _block_size(outputs_TED)
     for start in range(0, len(outputs_TED), step):
-        yield slice(start, start + step)
+        yield slice(start, min(start + step, len(outputs_TED)))
+
+
+def _block_size(outputs_TED: Tensor) -> int:
+    return max(1, _BLOCK_BYTES[outputs_TED.device.type] // (8 * outputs_TED[0].numel()))
 
 
 @torch.no_grad()
