@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    clustering,
     compaction,
     end_to_end,
     job_tables,
     local_steps,
     memory,
     memory_plan,
+    merge_error,
     quantization,
     selection,
     slots,
+    utility,
 )
 from benchmarks.tables import Table, machine_text, markdown, put_into
 
@@ -52,6 +55,19 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     ),
     "selection": Benchmark(
         measure=selection.measure, tables=selection.tables, quick={"repeats": 1, **selection.QUICK}
+    ),
+    "clustering": Benchmark(
+        measure=clustering.measure,
+        tables=clustering.tables,
+        quick={"repeats": 1, "shapes": clustering.SHAPES[:1]},
+    ),
+    "merge_error": Benchmark(
+        measure=merge_error.measure, tables=merge_error.tables, quick={"seeds": 1, "num_examples": 8}
+    ),
+    "utility": Benchmark(
+        measure=utility.measure,
+        tables=utility.tables,
+        quick={"seeds": 1, "num_examples": 2, "repeats": 1, "pairs": (1,)},
     ),
     "slots": Benchmark(
         measure=slots.measure, tables=slots.tables, quick={"repeats": 1, "num_steps": 1, "length": 8}

@@ -13,7 +13,7 @@ from benchmarks.tables import marks, put_into
 from benchmarks.timing import in_turns, paired_ratio
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("local_steps", "end_to_end", "memory", "compaction", "quantization", "selection")
+NAMES = tuple(BENCHMARKS)
 MEASURED = sorted(path.stem for path in (ROOT / "benchmarks" / "results").glob("*.json"))
 
 

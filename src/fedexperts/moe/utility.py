@@ -107,30 +107,28 @@ class GradientMeter:
         products = _products(rows, is_token_R, has_bias=bool(layer.experts.has_bias))
         position, expert = self._position[layer.index], singles[first + index]
         if self._per == "token":
-            for inputs, grads in products:
-                squares = (inputs.square().sum(-1) * grads.square().sum(-1)).sum()
-                self._squares[position][expert] += squares * self._scale**2
-            self._counts[position][expert] += is_token_R.sum()
+            norms = [
+                torch.linalg.vecdot(inputs, inputs) * torch.linalg.vecdot(g, g) for inputs, g in products
+            ]
+            squares, count = sum(norms[1:], start=norms[0]).sum(), is_token_R.sum()
         else:
-            sample_R = rows.token_R[is_token_R] // self._length
-            self._squares[position][expert] += _sample_squares(products, sample_R) * self._scale**2
-            self._counts[position][expert] += len(torch.unique_consecutive(sample_R))
+            sample_R = rows.token_R // self._length
+            squares = _sample_squares(products, sample_R)
+            count = (sample_R[is_token_R].diff() > 0).sum() + is_token_R.any()
+        self._squares[position][expert] += squares * self._scale**2
+        self._counts[position][expert] += count
 
 
 def _products(rows: RowGradients, is_token_R: Tensor, *, has_bias: bool) -> list[tuple[Tensor, Tensor]]:
-    """Input and output gradient of the expert's two products, float32; a bias is one more input of 1."""
-    factor = rows.exit_bias_factor
-    pairs = [
-        (rows.entry_input, rows.entry_grad, torch.ones_like(factor)),
-        (rows.exit_input, rows.exit_grad, factor),
-    ]
-    return [
-        (
-            (torch.cat([inputs, ones], dim=1) if has_bias else inputs)[is_token_R].float(),
-            grads[is_token_R].float(),
-        )
-        for inputs, grads, ones in pairs
-    ]
+    """Input and output gradient of the expert's two products, float32; a bias is one more input of 1.
+
+    The gradients of padding are set to 0.
+    """
+    pairs = [(rows.entry_input, rows.entry_grad), (rows.exit_input, rows.exit_grad)]
+    if has_bias:
+        factors = (torch.ones_like(rows.exit_bias_factor), rows.exit_bias_factor)
+        pairs = [(torch.cat([x, one], dim=1), g) for (x, g), one in zip(pairs, factors, strict=True)]
+    return [(inputs.float(), grads.float() * is_token_R[:, None]) for inputs, grads in pairs]
 
 
 def _sample_squares(products: Sequence[tuple[Tensor, Tensor]], sample_R: Tensor) -> Tensor:
