@@ -42,9 +42,6 @@ from fedexperts.moe.slots import SlotPlan, Slots
 
 Unit = Literal["sample", "token"]
 
-_MOST_ROWS = 1024
-"""Rows whose inner products are taken at once, unless one sequence has more."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Utility:
@@ -132,27 +129,24 @@ def _products(rows: RowGradients, is_token_R: Tensor, *, has_bias: bool) -> list
 
 
 def _sample_squares(products: Sequence[tuple[Tensor, Tensor]], sample_R: Tensor) -> Tensor:
-    """Sum over sequences of the squared norm of the weights' gradient; rows of one follow each other."""
-    total = torch.zeros((), dtype=torch.float64, device=sample_R.device)
-    for piece in _pieces(sample_R):
-        is_same_RR = sample_R[piece, None] == sample_R[None, piece]
-        for inputs, grads in products:
-            inner_RR = (inputs[piece] @ inputs[piece].T) * (grads[piece] @ grads[piece].T)
-            total += (inner_RR * is_same_RR).sum()
-    return total.clamp(min=0)
+    """Sum over sequences of the squared norm of the weights' gradient; rows of one follow each other.
 
+    Shapes: ``B`` here counts the sequences that have rows, ``N`` is the most rows of one, ``X`` any width.
+    """
+    _, size_B = torch.unique_consecutive(sample_R, return_counts=True)
+    number_R = torch.arange(len(size_B), device=size_B.device).repeat_interleave(size_B)
+    longest = int(size_B.max())
+    first_B = size_B.cumsum(0) - size_B
+    place_R = torch.arange(len(sample_R), device=size_B.device) + (number_R * longest - first_B[number_R])
 
-def _pieces(sample_R: Tensor) -> Iterator[slice]:
-    """Runs of whole sequences with at most some rows, or one sequence with more."""
-    sizes = torch.unique_consecutive(sample_R, return_counts=True)[1].tolist()
-    start, stop = 0, 0
-    for size in sizes:
-        if stop > start and stop + size - start > _MOST_ROWS:
-            yield slice(start, stop)
-            start = stop
-        stop += size
-    if stop > start:
-        yield slice(start, stop)
+    def inner(rows_RX: Tensor) -> Tensor:
+        """Inner products within each sequence, (B, N, N)."""
+        padded_YX = rows_RX.new_zeros(len(size_B) * longest, rows_RX.shape[1])
+        padded_BNX = padded_YX.index_copy_(0, place_R, rows_RX).reshape(len(size_B), longest, -1)
+        return padded_BNX @ padded_BNX.mT
+
+    squares = [(inner(inputs) * inner(grads)).sum() for inputs, grads in products]
+    return sum(squares[1:], start=squares[0]).clamp(min=0)
 
 
 @contextmanager
