@@ -44,7 +44,12 @@ _SIZES = {
     "head_dim": 32,
     "initializer_range": 0.02,
 }
-_EXPERTS = {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 128}
+_EXPERTS = {
+    "num_experts": 32,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 128,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +79,7 @@ CASES = (
     Case(family="qwen2_moe", trained="flex", dtype="bfloat16", sizes=_QWEN),
     Case(family="qwen2_moe", trained="flex", dtype="bfloat16", recomputes=True, sizes=_QWEN),
     Case(family="qwen3_moe", trained="experts", sizes=_EXPERTS),
-    Case(family="qwen3_moe", trained="slots", sizes=_EXPERTS | {"num_experts": 64}),
+    Case(family="qwen3_moe", trained="slots", sizes=_EXPERTS),
     Case(family="deepseek", trained="flex", sizes=_DEEPSEEK),
     Case(family="llama_moe", trained="flex", sizes={"intermediate_size": 2048, "num_experts": 16}),
     Case(family="mixtral", trained="lora", dtype="bfloat16", sizes={"intermediate_size": 512}),

@@ -15,7 +15,7 @@ ROWS = (
     ("suite",),
     ("search", "config.reference"),
     ("federation.flower_server", "federation.flower_client"),
-    ("experiment", "checking", "export", "pretrain"),
+    ("experiment", "checking", "export", "plan", "pretrain"),
     ("federation.flower_launch",),
     ("result", "workbench"),
     ("config",),

@@ -79,6 +79,7 @@ def test_the_flags_are_exactly_these():
         "compare": ["suite", "overrides", "--to", "--quiet"],
         "report": ["directory"],
         "check": ["experiment", "overrides"],
+        "plan": ["model", "overrides", "--method", "--memory", "--batch", "--seq", "--json"],
         "generate": ["run_dir", "prompt", "--client", "--context", "--when"],
         "export": ["run_dir", "--client", "--to", "--when", "--checkpoint"],
         "pretrain": ["overrides", "--to"],

@@ -3,6 +3,7 @@
 Whatever needs torch is imported inside the commands, so that ``fedexperts --help`` answers at once.
 """
 
+import json
 import logging
 import os
 import shlex
@@ -87,6 +88,25 @@ def check(given: Namespace) -> int:
     return OK
 
 
+def plan(given: Namespace) -> int:
+    """Say what a model takes under a method, and what fits in a memory; no weights are read."""
+    _log_to_stderr(is_quiet=True)
+    from fedexperts.config.load import build_settings
+    from fedexperts.plan.report import make_plan
+    from fedexperts.plan.settings import PlanSettings
+
+    asked = {name: getattr(given, name) for name in ("method", "memory", "batch", "seq")}
+    table = {name: value for name, value in asked.items() if value is not None}
+    made = make_plan(given.model, build_settings(PlanSettings, table, "plan", given.overrides))
+    if given.json:
+        print(json.dumps(made.as_json(), indent=1))
+        return OK
+    console = _stdout()
+    for part in made.render():
+        console.print(part)
+    return OK
+
+
 def generate(given: Namespace) -> int:
     """Let a client's personalised model answer a prompt."""
     _log_to_stderr(is_quiet=True)
@@ -164,6 +184,20 @@ COMMANDS: tuple[tuple[Callable[[Namespace], int], tuple[Callable[[ArgumentParser
     ),
     (report, (_argument("directory", metavar="DIR", type=Path, help="a run or suite directory"),)),
     (check, (_EXPERIMENT, _OVERRIDES)),
+    (
+        plan,
+        (
+            _argument("model", metavar="MODEL", help="a built-in shape, a folder, or a hub name"),
+            _argument(
+                "overrides", metavar="KEY=VALUE", nargs="*", help="other settings, e.g. adapter.rank=8"
+            ),
+            _argument("--method", help="flex, flux, fedavg, fedavg_experts or local_only (default: flex)"),
+            _argument("--memory", metavar="AMOUNT", help="what a client has, e.g. 24GB or 24GiB"),
+            _argument("--batch", metavar="N", type=int, help="examples of a batch (default: 4)"),
+            _argument("--seq", metavar="N", type=int, help="tokens of an example (default: 512)"),
+            _argument("--json", action="store_true", help="plain data, in bytes"),
+        ),
+    ),
     (
         generate,
         (

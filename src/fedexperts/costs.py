@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedexperts.algorithms.api import Algorithm, ModelParts, ServerState
@@ -64,17 +64,21 @@ def predict_memory(
         shape: of the fullest batch.
         settings: the section ``[training]``.
     """
+    without = memory_before_activations(model, trained)
+    peak = peak_of_local_steps(model, trained, shape, settings)
+    return replace(without, activations=max(0, peak - without.gradients - without.optimizer))
+
+
+def memory_before_activations(model: Any, trained: Sequence[str]) -> PredictedMemory:
+    """What of :func:`predict_memory` does not depend on the batch; its activations are 0."""
     wanted = set(trained)
     gradients = num_bytes({name: p for name, p in model.named_parameters() if name in wanted})
-    optimizer = ADAM_BYTES * gradients
-    peak = peak_of_local_steps(model, trained, shape, settings)
+    held = (*model.parameters(), *model.buffers())
     return PredictedMemory(
-        weights=sum(
-            tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers())
-        ),
+        weights=sum(tensor.numel() * tensor.element_size() for tensor in held),
         gradients=gradients,
-        optimizer=optimizer,
-        activations=max(0, peak - gradients - optimizer),
+        optimizer=ADAM_BYTES * gradients,
+        activations=0,
     )
 
 

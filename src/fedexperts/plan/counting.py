@@ -1,0 +1,240 @@
+"""A model on the meta device to numbers: parameters, memory by method and precision, bytes per round.
+
+Everything is asked of the code that runs: adapters and grafts are put on, experts are put in slots and into
+few bits, the algorithm says what travels, and a dry run counts the rest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from fedexperts.algorithms.api import Algorithm, ModelParts, ServerState
+from fedexperts.algorithms.fedavg import FedAvg, FedAvgExperts
+from fedexperts.algorithms.flex import Flex
+from fedexperts.algorithms.local_only import LocalOnly
+from fedexperts.costs import (
+    ADAM_BYTES,
+    PredictedBytes,
+    PredictedMemory,
+    memory_before_activations,
+    predict_memory,
+    predict_round,
+)
+from fedexperts.errors import UserError
+from fedexperts.models.adapters import ATTENTION, AdapterSettings, add_lora, find_targets
+from fedexperts.models.groups import count_parameters
+from fedexperts.moe import seam
+from fedexperts.moe.graft import graft
+from fedexperts.moe.low_bit import LowBitForm
+from fedexperts.moe.low_bit_bank import ExpertShapes, QuantizedBank
+from fedexperts.moe.seam import MoeLayer
+from fedexperts.moe.slots import SlotPlan, install_slots
+from fedexperts.plan.settings import PlanSettings
+from fedexperts.tensors import num_bytes
+
+Precision = Literal["dense", "int8", "int4"]
+"""Of frozen routed experts; ``dense`` is the model's own dtype."""
+PRECISIONS: tuple[Precision, ...] = ("dense", "int8", "int4")
+MASTER_BYTES = 4
+"""A tuned expert's weights and gradients, and each of AdamW's two numbers, are float32."""
+_BITS: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The routed experts of a model."""
+
+    num_layers: int
+    per_layer: int
+    parameters_each: int
+    bytes_each: dict[str, int]
+    """Of one frozen expert, by precision."""
+
+    @property
+    def number(self) -> int:
+        """In all layers."""
+        return self.num_layers * self.per_layer
+
+    @property
+    def tuned_bytes_each(self) -> int:
+        """Of one tuned expert: weights, gradient and AdamW's state, 16 bytes a parameter (reading B.12)."""
+        return self.parameters_each * MASTER_BYTES * (2 + ADAM_BYTES)
+
+
+def build(config: Any, settings: PlanSettings) -> Any:
+    """The language model on the meta device, in the seat, frozen.
+
+    Raises:
+        UserError: transformers has no language model of this kind, or it has no experts at the seam.
+    """
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype))
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"no language model can be built from the configuration: {reason}") from error
+    model.eval().requires_grad_(False)
+    seam.find_moe_layers(model)
+    seam.take_seat(model)
+    return model
+
+
+def describe_experts(model: Any) -> Experts:
+    """Sizes of the routed experts.
+
+    Raises:
+        UserError: the layers differ in their experts.
+    """
+    layers = seam.find_moe_layers(model)
+    if len({(layer.num_experts, layer.expert_size) for layer in layers}) > 1:
+        raise UserError("the MoE layers differ in number or size of experts, which a plan cannot express")
+    one = layers[0].expert(0)
+    return Experts(
+        num_layers=len(layers),
+        per_layer=layers[0].num_experts,
+        parameters_each=sum(weight.numel() for weight in one.values()),
+        bytes_each={"dense": num_bytes(one)}
+        | {name: _bank_bytes(layers[0], name) for name in PRECISIONS if name != "dense"},
+    )
+
+
+def _bank(layer: MoeLayer, num_experts: int, precision: Precision) -> QuantizedBank:
+    with torch.device("meta"):
+        return QuantizedBank(num_experts, ExpertShapes.of_layer(layer), LowBitForm(bits=_BITS[precision]))
+
+
+def _bank_bytes(layer: MoeLayer, precision: Precision) -> int:
+    return num_bytes(dict(_bank(layer, 1, precision).named_buffers()))
+
+
+def adapter_for(model: Any, settings: AdapterSettings) -> AdapterSettings:
+    """``settings``, with all linear modules of attention where the model lacks one of the targets."""
+    try:
+        find_targets(model, settings.target_modules)
+    except UserError:
+        return AdapterSettings(
+            rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, target_modules=(ATTENTION,)
+        )
+    return settings
+
+
+class Counter:
+    """One configuration under one method; numbers are counted when they are asked for, and once."""
+
+    def __init__(self, config: Any, settings: PlanSettings) -> None:
+        """Nothing counted yet."""
+        self._config, self.settings = config, settings
+
+    @cached_property
+    def experts(self) -> Experts:
+        """Its routed experts."""
+        return describe_experts(build(self._config, self.settings))
+
+    @cached_property
+    def parameters(self) -> dict[str, int]:
+        """Of the pretrained model, by group; groups that it lacks are left out."""
+        counts = count_parameters(build(self._config, self.settings))
+        return {group: number for group, number in counts.items() if number}
+
+    @cached_property
+    def targets(self) -> tuple[str, ...]:
+        """What LoRA is on."""
+        return adapter_for(build(self._config, self.settings), self.settings.adapter).target_modules
+
+    @property
+    def other_bytes(self) -> int:
+        """Of all pretrained weights but the routed experts'."""
+        others = sum(number for group, number in self.parameters.items() if group != "routed_experts")
+        return others * int(getattr(torch, self.settings.dtype).itemsize)
+
+    @cached_property
+    def _dressed(self) -> tuple[ModelParts, Algorithm]:
+        """The model as a client of the method has it, Flux apart."""
+        model = build(self._config, self.settings)
+        lora_names = add_lora(model, adapter_for(model, self.settings.adapter), 0)
+        parts = ModelParts(model=model, layers=seam.find_moe_layers(model), lora_names=lora_names)
+        if self.settings.method == "flex":
+            graft(parts.layers, [0] * len(parts.layers), self.settings.graft, 0)
+        return parts, _algorithm(self.settings)
+
+    @cached_property
+    def trained(self) -> dict[str, int]:
+        """Numbers of trained parameters: those that travel, and those that stay with the client."""
+        parts, algorithm = self._dressed
+        travelling = seam.tensor_views(parts.model, algorithm.upload_names(parts))
+        personal = seam.tensor_views(parts.model, algorithm.personal_names(parts))
+        return {
+            "travelling": sum(tensor.numel() for tensor in travelling.values()),
+            "personal": sum(tensor.numel() for tensor in personal.values()),
+        }
+
+    @cached_property
+    def bytes(self) -> PredictedBytes:
+        """Of one client in one round."""
+        parts, algorithm = self._dressed
+        tensors = seam.tensor_views(parts.model, algorithm.upload_names(parts))
+        return predict_round(algorithm, ServerState(round=0, tensors=tensors), parts)
+
+    @cached_property
+    def before_activations(self) -> PredictedMemory:
+        """With frozen experts in the model's dtype; activations are left out."""
+        parts, algorithm = self._dressed
+        return memory_before_activations(parts.model, _trained_names(parts, algorithm))
+
+    @cached_property
+    def memory(self) -> PredictedMemory:
+        """With frozen experts in the model's dtype."""
+        parts, algorithm = self._dressed
+        names, settings = _trained_names(parts, algorithm), self.settings
+        return predict_memory(parts.model, names, settings.shape, settings.training)
+
+    @cached_property
+    def rows_activations(self) -> int:
+        """Activations where experts run from slots or few bits, one at a time, instead of in one product."""
+        model = build(self._config, self.settings)
+        names: list[str] = []
+        if self.settings.method != "flux":
+            names += add_lora(model, adapter_for(model, self.settings.adapter), 0)
+        layers = seam.find_moe_layers(model)
+        if self.settings.method == "flex":
+            names += graft(layers, [0] * len(layers), self.settings.graft, 0)
+        for layer in layers:
+            _into_few_slots(layer, num_tuned=2 if self.settings.method == "flux" else 0)
+        names += [name for name, _ in model.named_parameters() if ".tuned." in name]
+        return predict_memory(model, names, self.settings.shape, self.settings.training).activations
+
+
+def _algorithm(settings: PlanSettings) -> Algorithm:
+    if settings.method == "flex":
+        return Flex(graft=settings.graft)
+    plain: dict[str, Algorithm] = {
+        "fedavg": FedAvg(),
+        "fedavg_experts": FedAvgExperts(),
+        "local_only": LocalOnly(),
+    }
+    return plain[settings.method]
+
+
+def _trained_names(parts: ModelParts, algorithm: Algorithm) -> Sequence[str]:
+    names = (*algorithm.upload_names(parts), *algorithm.personal_names(parts))
+    return sorted(seam.fused_names(names))
+
+
+_FEW = 10
+"""Not fewer than a router chooses, or a token's choices would meet in one slot and be run once."""
+
+
+def _into_few_slots(layer: MoeLayer, *, num_tuned: int) -> None:
+    """Put the layer's experts into a few quantised slots, which take as many rows as all of them do.
+
+    What is counted does not depend on how many there are, but the time that counting takes does.
+    """
+    others = list(range(num_tuned, layer.num_experts))
+    groups = tuple(tuple(others[start::_FEW]) for start in range(min(_FEW, len(others))))
+    plan = SlotPlan(num_experts=layer.num_experts, tuned=tuple(range(num_tuned)), merged=groups)
+    tuned = {name: weight[:num_tuned] for name, weight in seam.fused_weights(layer).items()}
+    install_slots(layer, plan, tuned if num_tuned else None, _bank(layer, len(groups), "int8"))
