@@ -10,7 +10,7 @@ from checkpoints import word_tokenizer
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from fedexperts.errors import UserError
 from fedexperts.models.groups import count_parameters
@@ -221,3 +221,14 @@ def test_sizes_are_the_published_ones(family: str, total: int, routed: int, num_
     assert sum(counts.values()) == total
     assert counts["routed_experts"] == routed
     assert sum(layer.num_experts for layer in seam.find_moe_layers(model)) == num_experts
+
+
+@pytest.mark.parametrize("family", ["deepseek", "llama_moe"])
+def test_ports_take_the_seat_after_a_llama_has_been_asked(family: str) -> None:
+    # transformers keeps on a class whether its experts can be set, and subclasses would inherit it
+    assert not LlamaForCausalLM._can_set_experts_implementation()
+    model = tiny_model(family)
+    seam.take_seat(model)
+    assert {layer.experts.config._experts_implementation for layer in seam.find_moe_layers(model)} == {
+        seam.IMPLEMENTATION
+    }

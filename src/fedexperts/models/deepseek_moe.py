@@ -23,9 +23,6 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qw
 
 from fedexperts.errors import UserError
 
-# Transformers lets the experts implementation be chosen where the file of a model's class has the text
-# "@use_experts_implementation": the decorator itself is on Qwen2MoeExperts, which are the same experts.
-
 
 class DeepseekConfig(LlamaConfig):  # type: ignore[misc]
     """DeepSeek-MoE 16B's own sizes by default; the fields are those of its ``config.json``."""
@@ -97,6 +94,12 @@ class DeepseekPreTrainedModel(LlamaPreTrainedModel):  # type: ignore[misc]
     """Llama's, with initial weights for what Llama has not."""
 
     config: DeepseekConfig
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # Transformers reads it off a class's source file and keeps the answer, which would be inherited from
+        # Llama; what counts is the decorator on Qwen2MoeExperts.
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -25,9 +25,6 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
 from fedexperts.errors import UserError
 
-# Transformers lets the experts implementation be chosen where the file of a model's class has the text
-# "@use_experts_implementation": the decorator itself is on Qwen2MoeExperts, which are the same experts.
-
 _FIXED = {
     "gate_type": "TopKBalancedNoisyGate",
     "calculator_type": "UniversalCalculator",
@@ -139,6 +136,12 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):  # type: ignore[misc]
     """Llama's, with initial weights for what Llama has not."""
 
     config: LlamaMoEConfig
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # Transformers reads it off a class's source file and keeps the answer, which would be inherited from
+        # Llama; what counts is the decorator on Qwen2MoeExperts.
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
