@@ -248,6 +248,7 @@ def test_setting_out_of_range_is_refused(more: dict[str, Any], sentence: str) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_groups_add_up_and_the_large_ones_are_there(family: str) -> None:
     model, names = adapted(family)
+    seam.take_seat(model)
     layers = seam.find_moe_layers(model)
     lora = sum(view.numel() for view in seam.tensor_views(model, names).values())
     with grafted(layers, [0, 0], GraftForm(lora_rank=2), 0) as graft_names:

@@ -1,5 +1,8 @@
 """Finding MoE layers, naming experts, watching and writing through the seam."""
 
+import copy
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedexperts.errors import UserError
+from fedexperts.models.tiny import tiny_model
 from fedexperts.moe import seam
+from fedexperts.moe.graft import GraftForm, graft, grafted
 from fedexperts.moe.seam import MoeLayer
+from fedexperts.moe.slots import SlotPlan, restore_layer, split_layer
 
 SMALL: dict[str, Any] = {
     "vocab_size": 128,
@@ -166,7 +172,58 @@ def test_a_layer_takes_one_addition(qwen: Seated) -> None:
     seam.add_to_layer(layer, Doubled())
     with pytest.raises(AssertionError, match="has an addition already"):
         seam.add_to_layer(layer, Doubled())
-    with pytest.raises(AssertionError, match="additions remain"):
+    with pytest.raises(UserError, match="has a graft: take it away before"):
         seam.leave_seat(qwen.model)
     seam.take_from_layer(layer)
     assert seam.addition_of(layer) is None
+
+
+PLAN = SlotPlan(num_experts=6, tuned=(1,), kept=(0, 2, 3, 4, 5))
+
+
+def test_saving_is_refused_while_slots_or_a_graft_would_be_lost(qwen: Seated, tmp_path: Path) -> None:
+    with (
+        grafted(qwen.layers[1:], [2], GraftForm(), 0),
+        pytest.raises(UserError, match=r"1.*has a graft, for"),
+    ):
+        qwen.model.save_pretrained(tmp_path)
+    fused = split_layer(qwen.layers[0], PLAN)
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.experts has slots instead of its experts"):
+        qwen.model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    restore_layer(qwen.layers[0], fused)
+    qwen.model.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_a_copy_of_a_seated_model_guards_its_own_slots(qwen: Seated, tmp_path: Path) -> None:
+    twin = copy.deepcopy(qwen.model)
+    split_layer(seam.find_moe_layers(twin)[0], PLAN)
+    with pytest.raises(UserError, match="has slots"):
+        twin.save_pretrained(tmp_path)
+    qwen.model.save_pretrained(tmp_path)
+
+
+def test_a_seated_model_goes_with_its_last_user() -> None:
+    model = tiny_model("qwen2_moe")
+    seam.take_seat(model)
+    gone = weakref.ref(model)
+    del model
+    assert gone() is None
+
+
+def test_slots_and_grafts_outside_the_seat_are_refused() -> None:
+    model = tiny_model("qwen2_moe")
+    layers = seam.find_moe_layers(model)
+    with pytest.raises(UserError, match="has not taken the seat"):
+        split_layer(layers[0], PLAN)
+    with pytest.raises(UserError, match="has not taken the seat"):
+        graft(layers, [0, 0], GraftForm(), 0)
+    assert len(layers[0].experts.down_proj) == 6
+
+
+def test_the_seat_is_not_left_with_slots(qwen: Seated) -> None:
+    fused = split_layer(qwen.layers[0], PLAN)
+    with pytest.raises(UserError, match="take it away before the model leaves the seat"):
+        seam.leave_seat(qwen.model)
+    restore_layer(qwen.layers[0], fused)

@@ -5,7 +5,6 @@ from disk it never holds more than itself and one expert: transformers loads eve
 experts, whose fused parameters are made empty beforehand, and the slots are filled one expert at a time.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -69,7 +68,6 @@ def load_compact(
         for slot, weights in enumerate(_frozen(checkpoint, layer.index, plan, merge)):
             frozen.write(slot, weights)
         install_slots(layer, plan, tuned.made() if plan.tuned else None, frozen.made())
-    _refuse_saving(model)
     return model
 
 
@@ -194,7 +192,6 @@ def compact_model(
         fused = split_layer(layer, plan, [merge(layer.index, group, weights) for group, weights in members])
         if is_keeping_originals:
             originals.append(fused)
-    _refuse_saving(model)
     return originals
 
 
@@ -213,7 +210,6 @@ def restore_model(model: Any, originals: Sequence[Mapping[str, Tensor]] | Checkp
         else:
             fused = dict(originals[layer.index])
         restore_layer(layer, {name: weight.to(layer.device()) for name, weight in fused.items()})
-    _allow_saving(model)
 
 
 def _refuse_another_model(layers: Sequence[MoeLayer], checkpoint: Checkpoint) -> None:
@@ -223,18 +219,3 @@ def _refuse_another_model(layers: Sequence[MoeLayer], checkpoint: Checkpoint) ->
     ]
     if sizes[0] != sizes[1]:
         raise UserError(f"the experts of {checkpoint.folder} are not of the sizes of the model to restore")
-
-
-def _refuse_saving(model: Any) -> None:
-    model.save_pretrained = functools.partial(_explain_why_not, model.config.model_type)
-
-
-def _allow_saving(model: Any) -> None:
-    vars(model).pop("save_pretrained", None)
-
-
-def _explain_why_not(model_type: str, *_: Any, **__: Any) -> None:
-    raise UserError(
-        f"this {model_type} model is compact, and no plain checkpoint can say which experts share a slot: "
-        "write copies with fedexperts.models.plain_checkpoint.export_model, or restore the model first"
-    )

@@ -9,6 +9,7 @@ Shape suffixes: ``T`` tokens, ``D`` hidden, ``E`` experts, ``K`` top-k, ``F`` ex
 """
 
 import re
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -204,18 +205,85 @@ def run_stock(
 
 
 def take_seat(model: Any) -> None:
-    """Make ``model`` call :func:`experts_forward` in every MoE layer; its numbers do not change by a bit."""
+    """Make ``model`` call :func:`experts_forward` in every MoE layer; its numbers do not change by a bit.
+
+    ``model.save_pretrained`` raises UserError from now on while a layer has slots or an addition: it would
+    write a folder that loads with a warning or not at all.
+
+    Raises:
+        UserError: the model's class does not let its experts be called in another way.
+    """
     model.set_experts_implementation(IMPLEMENTATION)
+    for layer in find_moe_layers(model):
+        if not _is_seated(layer):
+            raise UserError(
+                f"model class {type(model).__name__} does not let its experts implementation be set"
+            )
+    model.save_pretrained = _PlainSaving(model)
 
 
 def leave_seat(model: Any) -> None:
-    """Give ``model`` back to transformers' own implementation; refused while something is still added."""
-    assert not any(hasattr(layer.experts, _ADDITION) for layer in find_moe_layers(model)), "additions remain"
+    """Give ``model`` back to transformers' own implementation.
+
+    Raises:
+        UserError: a layer has slots or an addition, which transformers would not run.
+    """
+    found = _first_strange(find_moe_layers(model))
+    if found:
+        raise UserError(f"{found}: take it away before the model leaves the seat")
     model.set_experts_implementation("grouped_mm")
+    vars(model).pop("save_pretrained", None)
+
+
+class _PlainSaving:
+    """``save_pretrained`` of a model in the seat; holds it weakly, so that it goes with its last user."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = cast(Any, self._model())  # whoever calls holds it
+        found = _first_strange(find_moe_layers(model))
+        if found:
+            raise UserError(
+                f"{found}, for which a plain checkpoint has no place: take it away first, or write slots as "
+                "copies with fedexperts.models.plain_checkpoint.export_model"
+            )
+        return type(model).save_pretrained(model, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the model gets one of its own.
+        return _PlainSaving, (self._model(),)
+
+
+def _first_strange(layers: Iterable[MoeLayer]) -> str:
+    """What the first layer has that transformers knows nothing of, or nothing."""
+    for layer in layers:
+        if slots_of(layer) is not None:
+            return f"layer {layer.name} has slots instead of its experts"
+        if addition_of(layer) is not None:
+            return f"layer {layer.name} has a graft"
+    return ""
+
+
+def _is_seated(layer: MoeLayer) -> bool:
+    implementation: str = cast(Any, layer.experts.config)._experts_implementation
+    return implementation == IMPLEMENTATION
+
+
+def _refuse_outside_seat(layer: MoeLayer) -> None:
+    # transformers would run the fused weights alone, or in another order, without a word.
+    if not _is_seated(layer):
+        raise UserError(f"layer {layer.name} is of a model that has not taken the seat: call take_seat first")
 
 
 def add_to_layer(layer: MoeLayer, addition: nn.Module) -> None:
-    """Put ``addition`` (see :class:`Addition`) beside the layer's experts, as a submodule of theirs."""
+    """Put ``addition`` (see :class:`Addition`) beside the layer's experts, as a submodule of theirs.
+
+    Raises:
+        UserError: the layer's model is not in the seat.
+    """
+    _refuse_outside_seat(layer)
     assert not hasattr(layer.experts, _ADDITION), f"layer {layer.name} has an addition already"
     layer.experts.add_module(_ADDITION, addition)
 
@@ -241,7 +309,12 @@ def slots_of(layer: MoeLayer) -> Any:
 
 
 def set_slots(layer: MoeLayer, slots: nn.Module) -> None:
-    """Let ``slots`` run instead of the layer's own function, as a submodule of the experts."""
+    """Let ``slots`` run instead of the layer's own function, as a submodule of the experts.
+
+    Raises:
+        UserError: the layer's model is not in the seat.
+    """
+    _refuse_outside_seat(layer)
     layer.experts.add_module(_SLOTS, slots)
 
 

@@ -212,9 +212,9 @@ def install_slots(
     else:
         stored, bank = {name: w[:0].clone() for name, w in seam.fused_weights(layer).items()}, frozen
         assert frozen.num_experts == plan.num_frozen, "frozen weights and plan disagree"
-    seam.set_fused(layer, stored)
     slots = Slots(plan, tuned_bank, bank, order)
     seam.set_slots(layer, slots.to(layer.device()))
+    seam.set_fused(layer, stored)
 
 
 def split_layer(
