@@ -4,7 +4,7 @@ Everything is asked of the code that runs: adapters and grafts are put on, exper
 few bits, the algorithm says what travels, and a dry run counts the rest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -194,18 +194,37 @@ class Counter:
 
     @cached_property
     def rows_activations(self) -> int:
-        """Activations where experts run from slots or few bits, one at a time, instead of in one product."""
+        """Activations where experts run from few bits, one at a time, instead of in one product."""
         model = build(self._config, self.settings)
-        names: list[str] = []
-        if self.settings.method != "flux":
-            names += add_lora(model, adapter_for(model, self.settings.adapter), 0)
+        names = [*add_lora(model, adapter_for(model, self.settings.adapter), 0)]
         layers = seam.find_moe_layers(model)
         if self.settings.method == "flex":
             names += graft(layers, [0] * len(layers), self.settings.graft, 0)
         for layer in layers:
-            _into_few_slots(layer, num_tuned=2 if self.settings.method == "flux" else 0)
-        names += [name for name, _ in model.named_parameters() if ".tuned." in name]
+            _into_few_slots(layer, num_tuned=0)
         return predict_memory(model, names, self.settings.shape, self.settings.training).activations
+
+    def tuned_activations(self, num_tuned: int) -> int:
+        """Activations beside ``num_tuned`` tuned experts: at the fullest moment of forward and backward.
+
+        With few of them that is when the logits are there and gradients are not yet; with many it is the end
+        of the backward pass, when all gradients are. The larger of the two is an upper bound in between.
+        """
+        at_logits, at_the_end = self._tuned_moments
+        return max(at_logits - num_tuned * self.experts.parameters_each * MASTER_BYTES, at_the_end)
+
+    @cached_property
+    def _tuned_moments(self) -> tuple[int, int]:
+        first = self._with_tuned(lambda layer: int(layer.index == 0))
+        every = self._with_tuned(lambda layer: 2)
+        return first.activations + first.gradients, every.activations
+
+    def _with_tuned(self, num_tuned: Callable[[MoeLayer], int]) -> PredictedMemory:
+        model = build(self._config, self.settings)
+        for layer in seam.find_moe_layers(model):
+            _into_few_slots(layer, num_tuned=num_tuned(layer))
+        names = [name for name, _ in model.named_parameters() if ".tuned." in name]
+        return predict_memory(model, names, self.settings.shape, self.settings.training)
 
 
 def _algorithm(settings: PlanSettings) -> Algorithm:

@@ -101,7 +101,8 @@ class Plan:
             ("download, later: each expert changed since", _size(experts.bytes_each["dense"])),
             ("memory: weights but the routed experts'", _size(counter.other_bytes)),
             ("memory: each tuned expert", _size(experts.tuned_bytes_each)),
-            ("memory: activations", _size(counter.rows_activations)),
+            ("memory: activations, beside one tuned", _size(counter.tuned_activations(1))),
+            ("memory: activations, beside all tuned", _size(counter.tuned_activations(experts.number))),
         ]
 
     def _fit_table(self) -> Table:
