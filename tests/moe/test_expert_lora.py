@@ -1,10 +1,13 @@
 """LoRA on chosen experts: nothing at the start, only the chosen train, and the way back is exact."""
 
+import copy
+
 import pytest
 import torch
-from seated import Seated, assert_same_state, state
+from seated import Seated, assert_same_state, seat, state
 
 from fedexperts.errors import UserError
+from fedexperts.models.adapters import AdapterSettings, add_lora
 from fedexperts.moe import seam
 from fedexperts.moe.expert_lora import (
     ExpertLoraForm,
@@ -12,6 +15,10 @@ from fedexperts.moe.expert_lora import (
     merge_expert_lora,
     remove_expert_lora,
 )
+from fedexperts.moe.low_bit import LowBitForm
+from fedexperts.moe.quantize import quantization_report, quantize_experts, quantized
+from fedexperts.moe.slots import SlotPlan, restore_layer, split_layer
+from fedexperts.tensors import num_bytes
 
 FORM = ExpertLoraForm(ranks={4: 2, 1: 3, 0: 1, 2: 2}, alpha=8.0)
 
@@ -95,3 +102,90 @@ def test_a_form_that_means_nothing_is_refused(ranks: dict[int, int], sentence: s
 def test_an_expert_that_is_not_there_is_refused_and_nothing_changes(qwen: Seated) -> None:
     with pytest.raises(UserError, match="expert 6 of layer"):
         add_expert_lora(qwen.layers[0], ExpertLoraForm(ranks={6: 2}), 0)
+
+
+INT4 = LowBitForm(bits=4, group_size=16)
+
+
+def test_lora_on_experts_in_few_bits_starts_at_them_and_leaves_no_trace(seated: Seated) -> None:
+    with quantized(seated.layers, INT4):
+        before, logits = state(seated.model), seated.logits()
+        for layer in seated.layers:
+            add_expert_lora(layer, FORM, 0)
+        assert quantization_report(seated.model).num_quantized == 12
+        torch.testing.assert_close(seated.logits(), logits, rtol=1e-4, atol=1e-5)
+        for layer in seated.layers:
+            remove_expert_lora(layer)
+        assert_same_state(seated.model, before)
+        assert torch.equal(seated.logits(), logits)
+
+
+def test_attention_and_chosen_experts_learn_over_experts_in_few_bits() -> None:
+    model = copy.deepcopy(seat("qwen2_moe").model)
+    layers, tokens = seam.find_moe_layers(model), seat("qwen2_moe").input_ids
+    quantize_experts(layers, INT4)
+    codes = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("codes")}
+    names = set(add_lora(model, AdapterSettings(rank=2), 0))
+    for layer in layers:
+        names |= set(add_expert_lora(layer, ExpertLoraForm(ranks={expert: 2 for expert in range(5)}), 0))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == names
+    start = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer, losses = torch.optim.Adam(trained.values(), lr=0.01), []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.2
+    assert all(not torch.equal(p, start[name]) for name, p in trained.items())
+    after = {name: buffer for name, buffer in model.named_buffers() if name.endswith("codes")}
+    assert sum(buffer.numel() for buffer in after.values()) == sum(b.numel() for b in codes.values())
+
+
+def test_merged_lora_over_few_bits_is_the_dense_model_of_what_ran(qwen: Seated) -> None:
+    fused = [dict(seam.fused_weights(layer)) for layer in qwen.layers]
+    quantize_experts(qwen.layers, INT4)
+    names = tuple(name for layer in qwen.layers for name in add_expert_lora(layer, FORM, 0))
+    train(qwen, names)
+    found = qwen.logits()
+    for layer in qwen.layers:
+        merge_expert_lora(layer)
+    torch.testing.assert_close(qwen.logits(), found, rtol=1e-4, atol=1e-5)
+    for layer, weights in zip(qwen.layers, fused, strict=True):
+        seam.set_fused(layer, weights)
+
+
+def test_report_counts_experts_under_lora_once(qwen: Seated) -> None:
+    before = quantization_report(qwen.model)
+    names = [name for layer in qwen.layers for name in add_expert_lora(layer, FORM, 0)]
+    report = quantization_report(qwen.model)
+    lora = num_bytes({name: p for name, p in qwen.model.named_parameters() if name in names})
+    for layer in qwen.layers:
+        remove_expert_lora(layer)
+    assert report.plain_expert_bytes == before.plain_expert_bytes
+    lookups = 2 * 6 * 8
+    assert report.rest_bytes == before.rest_bytes + lora + lookups
+
+
+def test_lora_is_not_removed_while_other_experts_are_rounded(qwen: Seated) -> None:
+    layer = qwen.layers[0]
+    add_expert_lora(layer, FORM, 0)
+    with quantized([layer], INT4):
+        for undo in (remove_expert_lora, merge_expert_lora):
+            with pytest.raises(UserError, match="were quantised after LoRA was added: restore them first"):
+                undo(layer)
+    remove_expert_lora(layer)
+
+
+def test_a_layer_with_other_slots_is_refused(qwen: Seated) -> None:
+    layer = qwen.layers[0]
+    with pytest.raises(UserError, match="has no LoRA on experts"):
+        remove_expert_lora(layer)
+    fused = split_layer(layer, SlotPlan(num_experts=6, tuned=(1,), kept=(0, 2, 3, 4, 5)))
+    with pytest.raises(UserError, match="has slots already: restore it before it gets LoRA"):
+        add_expert_lora(layer, FORM, 0)
+    with pytest.raises(UserError, match="has slots already: restore it before it is split"):
+        split_layer(layer, SlotPlan(num_experts=6, kept=tuple(range(6))))
+    restore_layer(layer, fused)

@@ -6,7 +6,7 @@ that training through frozen experts keeps no dense weight. Biases stay as they 
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -131,6 +131,24 @@ class QuantizedBank(nn.Module):
     def trained(self) -> dict[str, Tensor]:
         """Nothing: what is in few bits has no gradient."""
         return {}
+
+    def part(self, indices: Sequence[int]) -> "QuantizedBank":
+        """A bank of some of the experts, in the order given, code for code."""
+        state = {name: tensor[list(indices)] for name, tensor in self.state_dict().items()}
+        return self._like(len(indices), state)
+
+    def joined(self, other: "QuantizedBank") -> "QuantizedBank":
+        """A bank of these experts and, behind them, those of ``other``, which is of the same form."""
+        assert (self.kept, self.form) == (other.kept, other.form), "banks of one layer"
+        theirs = other.state_dict()
+        state = {name: torch.cat([tensor, theirs[name]]) for name, tensor in self.state_dict().items()}
+        return self._like(self.num_experts + other.num_experts, state)
+
+    def _like(self, num_experts: int, state: Mapping[str, Tensor]) -> "QuantizedBank":
+        with torch.device("meta"):
+            bank = QuantizedBank(num_experts, self.kept, self.form)
+        bank.load_state_dict(state, assign=True)
+        return bank
 
     def num_bytes(self) -> int:
         """Bytes of all its tensors: codes, scales, zero points and biases."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedexperts.errors import UserError
 from fedexperts.moe import seam
+from fedexperts.moe.expert_lora import LoraExperts
 from fedexperts.moe.low_bit import LowBitForm
 from fedexperts.moe.low_bit_bank import ExpertShapes, QuantizedBank, bank_of
 from fedexperts.moe.seam import MoeLayer
@@ -188,5 +189,7 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
 
 
 def _banks(layer: MoeLayer) -> list[Any]:
+    """Where the experts' weights lie; those under LoRA in the bank that it is on."""
     slots = seam.slots_of(layer)
-    return [FusedExperts(layer.experts)] if slots is None else list(slots.banks(layer.experts))
+    banks = [FusedExperts(layer.experts)] if slots is None else slots.banks(layer.experts)
+    return [bank.base if isinstance(bank, LoraExperts) else bank for bank in banks]
