@@ -24,7 +24,8 @@ from fedexperts.models.adapters import (
 from fedexperts.models.groups import count_parameters, parameter_groups
 from fedexperts.models.tiny import FAMILIES, tiny_model
 from fedexperts.moe import seam
-from fedexperts.moe.graft import GraftForm, grafted
+from fedexperts.moe.graft import GraftForm, graft, grafted
+from fedexperts.moe.slots import SlotPlan, split_layer
 from fedexperts.tensors import copy_of, sha256_of
 
 TOKENS = torch.arange(3, 35).reshape(2, 16)
@@ -58,6 +59,18 @@ def test_lora_at_its_start_changes_no_bit_and_trains_alone(family: str) -> None:
     assert torch.equal(logits_of(model), before)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(names)
     assert all(parameter_groups(model)[name] == "lora" for name in names)
+
+
+def test_grafts_and_tuned_slots_go_on_training_under_lora() -> None:
+    model = tiny_model("qwen2_moe").requires_grad_(False)
+    seam.take_seat(model)
+    layers = seam.find_moe_layers(model)
+    split_layer(layers[0], SlotPlan(num_experts=6, tuned=(1,), kept=(0, 2, 3, 4, 5)))
+    graft(layers, [0, 0], GraftForm(), 0)
+    before = {name for name, p in model.named_parameters() if p.requires_grad}
+    names = add_lora(model, AdapterSettings(rank=4), 0)
+    assert all(".lora_" in name for name in names)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == before | set(names)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -252,12 +265,12 @@ def test_groups_add_up_and_the_large_ones_are_there(family: str) -> None:
     layers = seam.find_moe_layers(model)
     lora = sum(view.numel() for view in seam.tensor_views(model, names).values())
     with grafted(layers, [0, 0], GraftForm(lora_rank=2), 0) as graft_names:
-        graft = sum(view.numel() for view in seam.tensor_views(model, graft_names).values())
+        num_graft = sum(view.numel() for view in seam.tensor_views(model, graft_names).values())
         counts = count_parameters(model)
         assert sum(counts.values()) == sum(parameter.numel() for parameter in model.parameters())
     experts = sum(view.numel() for view in seam.tensor_views(model, seam.expert_names(layers)).values())
     assert counts["lora"] == lora
-    assert counts["graft"] == graft
+    assert counts["graft"] == num_graft
     assert counts["routed_experts"] == experts
     assert all(counts[group] > 0 for group in ("embeddings", "attention", "router", "norms"))
 

@@ -11,6 +11,7 @@ from fedexperts.errors import UserError
 from fedexperts.models.tiny import tiny_model
 from fedexperts.moe import seam
 from fedexperts.moe.graft import GateMeter, GraftedExpert, GraftForm, graft, grafted, names_of_kind
+from fedexperts.moe.slots import SlotPlan, restore_layer, split_layer
 from fedexperts.tensors import sha256_of
 
 CHOSEN = [1, 4]
@@ -186,7 +187,9 @@ def test_meter_gives_the_mean_openness_by_layer(qwen: Seated) -> None:
 
 
 def test_graft_is_float32_beside_a_bfloat16_model() -> None:
-    layers = seam.find_moe_layers(tiny_model("qwen2_moe", dtype=torch.bfloat16))
+    model = tiny_model("qwen2_moe", dtype=torch.bfloat16)
+    seam.take_seat(model)
+    layers = seam.find_moe_layers(model)
     with grafted(layers, CHOSEN, GraftForm(), 0):
         graft = seam.addition_of(layers[0])
         assert {parameter.dtype for parameter in graft.parameters()} == {torch.float32}
@@ -247,3 +250,14 @@ def test_meter_means_over_the_gates_of_a_layer(qwen: Seated) -> None:
         seam.addition_of(qwen.layers[1])[0].gate_bias.data.fill_(-1e4)
         qwen.logits()
     assert meter.means() == {0: 0.5, 1: 0.25}
+
+
+def test_lora_graft_of_a_tuned_expert_does_not_move_with_it(qwen: Seated) -> None:
+    layer = qwen.layers[0]
+    fused = split_layer(layer, SlotPlan(num_experts=6, tuned=(1,), kept=(0, 2, 3, 4, 5)))
+    with grafted([layer], [1], GraftForm(lora_rank=2), 0):
+        addition = seam.addition_of(layer)
+        before = addition.expert_weights()["down_proj"].detach().clone()
+        seam.slots_of(layer).tuned.weights["down_proj"].data.add_(1.0)
+        assert torch.equal(addition.expert_weights()["down_proj"], before)
+    restore_layer(layer, fused)

@@ -58,11 +58,11 @@ class AdapterSettings:
 
 
 def add_lora(model: nn.Module, settings: AdapterSettings, seed: int) -> tuple[str, ...]:
-    """Put LoRA on the targets and freeze all else; returns the names of its parameters, A and B in turns.
+    """Put LoRA on the targets and freeze the base model; returns its parameters' names, A and B in turns.
 
     The model's numbers do not change by a bit, as B starts at zero. A depends on ``seed`` and the parameter's
     name alone, and torch's global generator is left as it was. LoRA is float32 whatever the base model is.
-    To be done before any graft, which it would freeze.
+    Grafts and tuned slots that are there go on training.
 
     Raises:
         UserError: a target names no linear module, or an expert or a router.
@@ -72,12 +72,25 @@ def add_lora(model: nn.Module, settings: AdapterSettings, seed: int) -> tuple[st
     # for a model with a configuration only, and the holder has none.
     holder = nn.Module()
     holder.model = model
+    own = _trained_beside_experts(model)
     with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(lora_config(settings, [f"model.{name}" for name in targets]), holder)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in parameters.items():
         parameter.data = _start(name, parameter, seed).to(parameter.device)
+    for parameter in own:  # PEFT freezes all but its own
+        parameter.requires_grad_(True)
     return tuple(parameters)
+
+
+def _trained_beside_experts(model: nn.Module) -> list[nn.Parameter]:
+    """Trained parameters of grafts and slots."""
+    places = tuple(
+        place(layer)
+        for layer in seam.find_moe_layers(model)
+        for place in (seam.addition_name, seam.slots_name)
+    )
+    return [p for name, p in model.named_parameters() if p.requires_grad and is_inside(name, places)]
 
 
 def _start(name: str, parameter: Tensor, seed: int) -> Tensor:

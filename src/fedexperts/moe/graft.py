@@ -41,10 +41,14 @@ class GraftedExpert(nn.Module):
     """One expert's weights and a gate, in float32 whatever the model's dtype, so that small steps count."""
 
     def __init__(self, layer: MoeLayer, expert: int, form: GraftForm, seed: int) -> None:
-        """Copy ``expert`` of ``layer``; with LoRA the copy is a view of the frozen original."""
+        """Copy ``expert`` of ``layer``; with LoRA the copy is a view of the original if that is frozen."""
         super().__init__()
         self.form = form
-        self._origin = {name: weight.detach() for name, weight in layer.expert(expert).items()}
+        # A tuned slot moves in training, and a LoRA graft's base must not move with it.
+        self._origin = {
+            name: weight.detach().clone() if weight.requires_grad else weight.detach()
+            for name, weight in layer.expert(expert).items()
+        }
         if form.lora_rank:
             self._add_lora(form.lora_rank, seed)
         else:

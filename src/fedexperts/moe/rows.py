@@ -70,13 +70,19 @@ def group_rows(slot_TK: Tensor, weight_TK: Tensor, num_slots: int) -> Rows:
 def run_rows(bank: Bank, experts: Any, hidden_TD: Tensor, rows: Rows) -> Tensor:
     """Sum over each token's pairs of routing weight times expert output, shape (T, D) in float32 or wider.
 
-    Differentiable in ``hidden_TD``, in the routing weights, and in ``bank.trained()``.
+    Differentiable in ``hidden_TD``, in the routing weights, and in ``bank.trained()``. Under autocast
+    the rows are run in its dtype.
     """
     trained = bank.trained()
     assert not any(p.requires_grad for p in seam.norm_parameters(experts)), "the norm after experts is frozen"
     job = _Job(bank, experts, tuple(trained), rows.token_R, rows.sizes)
     apply: Any = _ExpertRows.apply
-    return cast(Tensor, apply(job, hidden_TD, rows.weight_R, *trained.values()))
+    device = hidden_TD.device.type
+    if torch.is_autocast_enabled(device):
+        hidden_TD = hidden_TD.to(torch.get_autocast_dtype(device))
+    # The backward pass runs outside autocast, and has to multiply what the forward pass multiplied.
+    with torch.autocast(device, enabled=False):
+        return cast(Tensor, apply(job, hidden_TD, rows.weight_R, *trained.values()))
 
 
 @dataclass(frozen=True)

@@ -399,7 +399,8 @@ def expert_names(layers: Iterable[MoeLayer]) -> tuple[str, ...]:
 def tensor_views(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Views of ``model``'s tensors by name, where a name is a parameter's or :func:`expert_name`'s.
 
-    Writing into a view writes into the model. Raises ``KeyError`` for a name the model does not have.
+    Writing into a view writes into the model, but an expert in few bits or under LoRA is made anew for
+    reading. Raises ``KeyError`` for a name the model does not have.
     """
     parameters = dict(model.named_parameters())
     layers = {name: module for name, module in model.named_modules() if _is_experts(module)}

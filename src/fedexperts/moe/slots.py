@@ -230,8 +230,11 @@ def split_layer(
     or let them go to save their memory.
 
     Raises:
-        UserError: the plan is for another number of experts, or has no weights for a group.
+        UserError: the layer has slots or is not in the seat; the plan is for another number of experts, or
+            has no weights for a group.
     """
+    if seam.slots_of(layer) is not None:
+        raise UserError(f"layer {layer.name} has slots already: restore it before it is split")
     if plan.num_experts != layer.num_experts:
         raise UserError(
             f"plan for {plan.num_experts} experts, but layer {layer.name} has {layer.num_experts}"
