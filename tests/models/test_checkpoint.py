@@ -200,3 +200,11 @@ def test_a_config_of_an_unknown_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
     with pytest.raises(UserError, match="of no model that transformers knows"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_a_damaged_index_is_refused(text: str, tmp_path: Path) -> None:
+    tiny_model("qwen2_moe").save_pretrained(tmp_path, max_shard_size="40KB")
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"index\.json is damaged: it has no readable weight_map"):
+        Checkpoint(tmp_path)

@@ -162,3 +162,10 @@ def test_layer_that_was_not_kept_is_told(qwen: Seated) -> None:
 def test_no_batch_is_an_error(qwen: Seated) -> None:
     with pytest.raises(UserError, match="no batch with tokens"):
         collected(qwen, [])
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_a_damaged_index_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / INDEX_FILE).write_text(text)
+    with pytest.raises(UserError, match="is damaged: keep the activations anew"):
+        open_activations(tmp_path)

@@ -292,3 +292,17 @@ def test_layers_with_slots_are_refused(qwen: Seated):
 def test_settings_without_effect_are_refused(settings):
     with pytest.raises(UserError):
         MergeSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"tokens_LE": [torch.ones(6)]}, r"tokens_LE is for layers of \[6\] experts, but .* have \[6, 6\]"),
+        ({"attention_LE": [torch.ones(6), torch.ones(5)]}, r"attention_LE is for layers of \[6, 5\] experts"),
+        ({"tuned": [[1]]}, "tuned is for 1 MoE layers, but there are 2"),
+    ],
+)
+def test_a_profile_of_another_model_is_refused(qwen: Seated, wrong: dict[str, list], sentence: str) -> None:
+    ones = [torch.ones(6), torch.ones(6)]
+    with pytest.raises(UserError, match=sentence):
+        plan_merge(qwen.layers, **{"tokens_LE": ones, "attention_LE": ones, **wrong}, num_merged=4, seed=0)

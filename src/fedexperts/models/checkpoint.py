@@ -70,7 +70,7 @@ class Checkpoint:
     def _find_tensors(self) -> dict[str, str]:
         """Shard by name of tensor; all are opened, so that a damaged one is found before anything runs."""
         if (self.folder / _INDEX).is_file():
-            shard_of = dict(json.loads((self.folder / _INDEX).read_text())["weight_map"])
+            shard_of = self._read_index()
         elif (self.folder / _SINGLE).is_file():
             shard_of = dict.fromkeys(self._file(_SINGLE).keys(), _SINGLE)
         else:
@@ -80,6 +80,12 @@ class Checkpoint:
             if name not in held[shard]:
                 raise UserError(f"{self.folder / shard} has no tensor {name}, which {_INDEX} says it has")
         return shard_of
+
+    def _read_index(self) -> dict[str, str]:
+        try:
+            return dict(json.loads((self.folder / _INDEX).read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.folder / _INDEX} is damaged: it has no readable weight_map") from error
 
     def _file(self, shard: str) -> Any:
         if shard not in self._files:

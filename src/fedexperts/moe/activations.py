@@ -231,19 +231,22 @@ def open_activations(folder: Path) -> Activations:
     """Activations that :func:`collect_activations` left in ``folder``.
 
     Raises:
-        UserError: there are none, or they were not finished.
+        UserError: there are none, they were not finished, or their index is damaged.
     """
     path = folder / INDEX_FILE
     if not path.exists():
         raise UserError(f"{folder} has no finished activations: {INDEX_FILE} is missing")
-    record = json.loads(path.read_text())
-    return Activations(
-        layer_indices=tuple(record["layer_indices"]),
-        batch_sizes=tuple(record["batch_sizes"]),
-        num_tokens_seen=record["num_tokens_seen"],
-        num_bytes=record["num_bytes"],
-        folder=folder,
-    )
+    try:
+        record = json.loads(path.read_text())
+        return Activations(
+            layer_indices=tuple(record["layer_indices"]),
+            batch_sizes=tuple(record["batch_sizes"]),
+            num_tokens_seen=record["num_tokens_seen"],
+            num_bytes=record["num_bytes"],
+            folder=folder,
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: keep the activations anew") from error
 
 
 class _Store:

@@ -116,10 +116,15 @@ def plan_merge(
 
     Raises:
         UserError: a budget below one slot for each layer with experts to merge, an expert that is out of
-            range or given twice, a profile or weights that are not finite, attention or activations that are
-            missing, layers that have slots already.
+            range or given twice, a profile or weights that are not finite or of another model, attention or
+            activations that are missing, layers that have slots already.
     """
     none: Sequence[Sequence[int]] = [()] * len(layers)
+    for name, given in (("tuned", tuned), ("kept", kept)):
+        if given is not None and len(given) != len(layers):
+            raise UserError(f"{name} is for {len(given)} MoE layers, but there are {len(layers)}")
+    _check_profile("tokens_LE", tokens_LE, layers)
+    _check_profile("attention_LE", attention_LE, layers)
     roles = [
         _with_candidates(layer, own, frozen)
         for layer, own, frozen in zip(layers, tuned or none, kept or none, strict=True)
@@ -159,6 +164,13 @@ def _with_candidates(layer: MoeLayer, tuned: Sequence[int], kept: Sequence[int])
     return SlotPlan(
         num_experts=layer.num_experts, tuned=tuple(tuned), kept=tuple(kept), dropped=tuple(sorted(others))
     )
+
+
+def _check_profile(name: str, values_LE: Sequence[Tensor] | None, layers: Sequence[MoeLayer]) -> None:
+    sizes = None if values_LE is None else [len(values_E) for values_E in values_LE]
+    wanted = [layer.num_experts for layer in layers]
+    if sizes is not None and sizes != wanted:
+        raise UserError(f"{name} is for layers of {sizes} experts, but the model's layers have {wanted}")
 
 
 def _check_given(
