@@ -24,6 +24,7 @@ from fedexperts.models.tiny import tiny_model
 from fedexperts.moe import seam
 from fedexperts.moe.activations import LayerActivations
 from fedexperts.moe.forward_pass import run_pass
+from fedexperts.moe.one_expert import run_expert
 from fedexperts.moe.profile import DEFAULT_QUERIES, LayerProfile, profile_experts
 from fedexperts.moe.quadratic import all_subsets
 from fedexperts.moe.seam import MoeLayer
@@ -154,7 +155,7 @@ def _choosing(
 def _every_output(layer: MoeLayer, kept: LayerActivations) -> None:
     hidden = kept.hidden_TD.to(layer.router_row(0).device)
     for expert in range(layer.num_experts):
-        seam.run_expert(layer.experts, hidden, layer.expert(expert))
+        run_expert(layer.experts, hidden, layer.expert(expert))
 
 
 def _rerun(layer: MoeLayer, kept: LayerActivations, size: int, number: int, device: str) -> dict[str, Any]:
@@ -181,7 +182,7 @@ def _loss(layer: MoeLayer, kept: LayerActivations, subset: Sequence[int]) -> flo
     weights = kept.logits_TE[:, subset].softmax(dim=-1).to(kept.hidden_TD.dtype)
     total = torch.zeros_like(kept.routed_TD)
     for slot, expert in enumerate(subset):
-        total += weights[:, slot, None] * seam.run_expert(layer.experts, kept.hidden_TD, layer.expert(expert))
+        total += weights[:, slot, None] * run_expert(layer.experts, kept.hidden_TD, layer.expert(expert))
     return float((kept.routed_TD - total).float().norm())
 
 

@@ -3,8 +3,8 @@
 import torch
 from seated import Seated
 
-from fedexperts.moe import seam
 from fedexperts.moe.align import align_neurons, neurons, permute_neurons
+from fedexperts.moe.one_expert import run_expert
 
 
 def shuffled(number, seed=0):
@@ -20,7 +20,8 @@ def test_permuted_expert_gives_the_same_output(seated: Seated):
     assert any(not torch.equal(permuted[name], weight) for name, weight in weights.items())
     # the same sums over neurons in another order
     torch.testing.assert_close(
-        seam.run_expert(layer.experts, hidden, permuted), seam.run_expert(layer.experts, hidden, weights)
+        run_expert(layer.experts, hidden, permuted),
+        run_expert(layer.experts, hidden, weights),
     )
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from seated import Seated
 
 from fedexperts.errors import UserError
-from fedexperts.moe import cluster, seam
+from fedexperts.moe import cluster, one_expert
 from fedexperts.moe.cluster import average_linkage, fused_kmeans, groups_of, output_vectors, weight_vectors
 
 
@@ -137,7 +137,7 @@ def test_pieces_of_the_weights_add_up(qwen: Seated, monkeypatch):
 def test_output_vectors_are_mean_outputs(seated: Seated):
     layer, hidden = seated.layers[0], normal(11, 32)
     found = output_vectors(layer, [4, 1], hidden)
-    expected = seam.run_expert(layer.experts, hidden, layer.expert(1)).mean(dim=0)
+    expected = one_expert.run_expert(layer.experts, hidden, layer.expert(1)).mean(dim=0)
     torch.testing.assert_close(found[1], expected)
 
 

@@ -12,7 +12,7 @@ from seated import Seated, assert_same_state, state
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fedexperts.moe import seam
+from fedexperts.moe import one_expert, seam
 from fedexperts.moe.graft import GraftForm, graft, grafted, ungraft
 
 CHOSEN = [1, 4]
@@ -107,7 +107,7 @@ def test_each_expert_alone_is_the_module_with_one_route(seated: Seated) -> None:
         for expert in range(layer.num_experts):
             with torch.no_grad():
                 routed = layer.experts(hidden, torch.full((5, 1), expert), torch.ones(5, 1))
-            alone = seam.run_expert(layer.experts, hidden, layer.expert(expert))
+            alone = one_expert.run_expert(layer.experts, hidden, layer.expert(expert))
             torch.testing.assert_close(alone, routed, rtol=1e-5, atol=1e-6)
 
 

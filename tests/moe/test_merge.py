@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedexperts.data.batches import Batch
 from fedexperts.errors import UserError
-from fedexperts.moe import seam
+from fedexperts.moe import one_expert
 from fedexperts.moe.activations import Activations, collect_activations
 from fedexperts.moe.align import permute_neurons
 from fedexperts.moe.merge import (
@@ -204,7 +204,7 @@ def test_refit_with_little_ridge_is_least_squares(qwen: Seated):
     fitted = refit_down(layer, (1, 2, 4), merged, own, ridge=1e-9)
     share = share_of(layer, (1, 2, 4), own)
     hidden = own.hidden_TD[share.token_R]
-    inner = seam.gate_expert(layer.experts, seam.enter_expert(layer.experts, hidden, merged))
+    inner = one_expert.gate_expert(layer.experts, one_expert.enter_expert(layer.experts, hidden, merged))
     solution = torch.linalg.lstsq(share.weight_R[:, None] * inner, share.routed_RD).solution
     torch.testing.assert_close(fitted["down_proj"], solution.T, rtol=1e-3, atol=1e-4)
 

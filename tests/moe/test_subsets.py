@@ -12,6 +12,7 @@ from fedexperts.errors import UserError
 from fedexperts.models.tiny import tiny_model
 from fedexperts.moe import seam, subsets
 from fedexperts.moe.activations import LayerActivations
+from fedexperts.moe.one_expert import run_expert
 from fedexperts.moe.reconstruct import choose_experts, reconstruction_losses
 from fedexperts.moe.seam import MoeLayer
 from fedexperts.moe.subsets import (
@@ -55,7 +56,7 @@ def together(layer: MoeLayer, batch: LayerActivations, subset: tuple[int, ...], 
         best = outside.topk(min(top_k, len(subset)), dim=1).indices
         kept = torch.zeros_like(outside).scatter(1, best, outside.softmax(dim=1).gather(1, best))
         weights = (kept / kept.sum(dim=1, keepdim=True))[:, list(subset)]
-    outputs = [seam.run_expert(layer.experts, batch.hidden_TD, layer.expert(e)).double() for e in subset]
+    outputs = [run_expert(layer.experts, batch.hidden_TD, layer.expert(e)).double() for e in subset]
     return sum(weights[:, i, None] * output for i, output in enumerate(outputs))
 
 

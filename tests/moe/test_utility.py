@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedexperts.data.batches import Batch
 from fedexperts.errors import UserError
-from fedexperts.moe import seam
+from fedexperts.moe import one_expert, seam
 from fedexperts.moe.probe import probed_utility
 from fedexperts.moe.slots import SlotPlan, restore_layer, split_layer
 from fedexperts.moe.utility import GradientMeter, gradient_utility, run_by_rows, sample_losses
@@ -91,8 +91,8 @@ def test_squared_norm_per_token_is_that_of_weights_for_that_token_alone(qwen: Se
 
         def replace(_, args, output, token=token, slot=slot, own=own):
             row = args[0][token : token + 1]
-            plain = seam.run_expert(layer.experts, row, {name: w.detach() for name, w in own.items()})
-            change = weights[token, slot] * (seam.expert_output(layer.experts, row, own) - plain)
+            plain = one_expert.run_expert(layer.experts, row, {name: w.detach() for name, w in own.items()})
+            change = weights[token, slot] * (one_expert.expert_output(layer.experts, row, own) - plain)
             return output.index_add(0, torch.tensor([token]), change)
 
         handle = layer.experts.register_forward_hook(replace)

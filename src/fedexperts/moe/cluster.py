@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedexperts.errors import UserError
-from fedexperts.moe import seam
+from fedexperts.moe import one_expert
 from fedexperts.moe.seam import MoeLayer
 from fedexperts.seeds import derive_seed
 
@@ -87,7 +87,7 @@ def output_vectors(layer: MoeLayer, chosen: Sequence[int], hidden_TD: Tensor) ->
     _check_chosen(layer, chosen)
     inputs_TD = hidden_TD.to(next(layer.experts.parameters()).device)
     means = [
-        seam.run_expert(layer.experts, inputs_TD, layer.expert(expert)).float().mean(dim=0).cpu()
+        one_expert.run_expert(layer.experts, inputs_TD, layer.expert(expert)).float().mean(dim=0).cpu()
         for expert in chosen
     ]
     return torch.stack(means)

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from fedexperts.moe import seam
+from fedexperts.moe import one_expert, seam
 from fedexperts.moe.seam import MoeLayer
 from fedexperts.seeds import derive_seed
 
@@ -93,7 +93,7 @@ class GraftedExpert(nn.Module):
     def forward(self, experts: Any, hidden_TD: Tensor, routed_TD: Tensor) -> Tensor:
         """The layer's output with the graft, shape (T, D); see :class:`fedexperts.moe.seam.Addition`."""
         gate_T1 = self.openness(hidden_TD)
-        grafted_TD = seam.expert_output(experts, hidden_TD, self.expert_weights())
+        grafted_TD = one_expert.expert_output(experts, hidden_TD, self.expert_weights())
         kept_TD = (1 - gate_T1) * routed_TD if self.form.mix == "convex" else routed_TD
         return kept_TD + gate_T1 * grafted_TD
 

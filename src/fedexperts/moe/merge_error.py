@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedexperts.errors import UserError
-from fedexperts.moe import seam
+from fedexperts.moe import one_expert
 from fedexperts.moe.activations import LayerActivations
 from fedexperts.moe.forward_pass import evaluation_mode
 from fedexperts.moe.label_logits import LabelledBatch, label_logits
@@ -60,7 +60,7 @@ def _run(layer: MoeLayer, hidden_RD: Tensor, weights: Mapping[str, Tensor]) -> T
     """One expert's output, float32, where the inputs are; they may lie on another device than the layer."""
     like = layer.expert(0)["down_proj"]
     own = {name: weight.to(like) for name, weight in weights.items()}
-    return seam.run_expert(layer.experts, hidden_RD.to(like), own).float().to(hidden_RD.device)
+    return one_expert.run_expert(layer.experts, hidden_RD.to(like), own).float().to(hidden_RD.device)
 
 
 @torch.no_grad()

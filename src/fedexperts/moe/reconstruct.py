@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedexperts.errors import UserError
-from fedexperts.moe import seam
+from fedexperts.moe import one_expert, seam
 from fedexperts.moe.forward_pass import TokenBatch, run_pass
 from fedexperts.moe.seam import MoeLayer
 
@@ -50,7 +50,7 @@ class _Losses:
         assert self.is_token_T is not None, "set before each forward pass"
         inputs_TD, target_TD = hidden_TD[self.is_token_T], routed_TD[self.is_token_T].double()
         for expert in range(layer.num_experts):
-            output_TD = seam.run_expert(layer.experts, inputs_TD, layer.expert(expert))
+            output_TD = one_expert.run_expert(layer.experts, inputs_TD, layer.expert(expert))
             distance = torch.linalg.vector_norm(target_TD - output_TD.double())
             self.loss_E[layer.index][expert] += float(distance)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedexperts.errors import UserError
-from fedexperts.moe import seam
+from fedexperts.moe import one_expert
 from fedexperts.moe.activations import LayerActivations
 from fedexperts.moe.merge_error import share_of
 from fedexperts.moe.seam import MoeLayer
@@ -42,7 +42,7 @@ def refit_down(
     Raises:
         UserError: the family has a norm after the down projection, so that squares are not least.
     """
-    if seam.has_norm(layer.experts):
+    if one_expert.has_norm(layer.experts):
         raise UserError(
             f"the experts of layer {layer.name} have a norm after their down projection, "
             "which least squares do not fit"
@@ -53,7 +53,7 @@ def refit_down(
     like = layer.expert(0)["down_proj"]
     own = {name: weight.to(like) for name, weight in merged.items()}
     inputs_RD = activations.hidden_TD[share.token_R].to(like)
-    inner_RF = seam.gate_expert(layer.experts, seam.enter_expert(layer.experts, inputs_RD, own))
+    inner_RF = one_expert.gate_expert(layer.experts, one_expert.enter_expert(layer.experts, inputs_RD, own))
     weight_R1 = share.weight_R[:, None].to(like.device)
     scaled_RF = (weight_R1 * inner_RF.float()).double()
     wanted_RD = share.routed_RD.to(like.device).double()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fedexperts.moe import seam
+from fedexperts.moe import one_expert, seam
 
 
 class Bank(Protocol):
@@ -74,7 +74,9 @@ def run_rows(bank: Bank, experts: Any, hidden_TD: Tensor, rows: Rows) -> Tensor:
     the rows are run in its dtype.
     """
     trained = bank.trained()
-    assert not any(p.requires_grad for p in seam.norm_parameters(experts)), "the norm after experts is frozen"
+    assert not any(p.requires_grad for p in one_expert.norm_parameters(experts)), (
+        "the norm after experts is frozen"
+    )
     job = _Job(bank, experts, tuple(trained), rows.token_R, rows.sizes)
     apply: Any = _ExpertRows.apply
     device = hidden_TD.device.type
@@ -131,9 +133,9 @@ class _ExpertRows(torch.autograd.Function):
         inners = []
         for chunk in job.chunks():
             weights = job.weights(chunk.expert, trained, hidden_TD.dtype)
-            inner = seam.enter_expert(job.experts, hidden_TD.index_select(0, chunk.token), weights)
+            inner = one_expert.enter_expert(job.experts, hidden_TD.index_select(0, chunk.token), weights)
             scale = weight_R[chunk.rows].unsqueeze(-1)
-            made = _leave(job.experts, seam.gate_expert(job.experts, inner), weights, scale)
+            made = _leave(job.experts, one_expert.gate_expert(job.experts, inner), weights, scale)
             output_TD.index_add_(0, chunk.token, made.to(output_TD.dtype))
             inners.append(inner)
         ctx.job, ctx.num_inners = job, len(inners)
@@ -159,7 +161,7 @@ class _ExpertRows(torch.autograd.Function):
             if watch is not None:
                 watch(job.bank, chunk.expert, back.row_gradients(chunk.token, hidden_TD, grad_inner))
             if grad_hidden_TD is not None:
-                made = seam.enter_back(job.experts, grad_inner, weights)
+                made = one_expert.enter_back(job.experts, grad_inner, weights)
                 grad_hidden_TD.index_add_(0, chunk.token, made.to(grad_hidden_TD.dtype))
             if trained:
                 made_by_name = back.weight_gradients(hidden_TD.index_select(0, chunk.token), grad_inner)
@@ -197,9 +199,9 @@ def _leave(experts: Any, gated: Tensor, weights: dict[str, Tensor], scale: Tenso
     """Scaled output. The scale is folded in before the last product, where rows are narrower, unless a norm
     comes after it."""
     scale = scale.to(gated.dtype)
-    if seam.has_norm(experts):
-        return scale * seam.norm_expert(experts, seam.leave_expert(experts, gated, weights))
-    return seam.leave_expert(experts, gated.mul_(scale), weights, scale)
+    if one_expert.has_norm(experts):
+        return scale * one_expert.norm_expert(experts, one_expert.leave_expert(experts, gated, weights))
+    return one_expert.leave_expert(experts, gated.mul_(scale), weights, scale)
 
 
 class _Back:
@@ -209,18 +211,18 @@ class _Back:
         self._experts, self._weights, self._scale = experts, weights, scale.to(inner.dtype)
         with torch.enable_grad():
             self._inner = inner.detach().requires_grad_()
-            self._gated = seam.gate_expert(experts, self._inner)
+            self._gated = one_expert.gate_expert(experts, self._inner)
 
     def leave(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """From the gradient of the scaled output to that of what the gate saw, and of the scale (R,)."""
         gated = self._gated.detach()
-        if seam.has_norm(self._experts):
+        if one_expert.has_norm(self._experts):
             grad, grad_scale = self._through_norm(grad, gated)
             self._grad_last = grad
-            grad_gated = seam.leave_back(self._experts, grad, self._weights)
+            grad_gated = one_expert.leave_back(self._experts, grad, self._weights)
         else:
             self._grad_last = grad
-            grad_scaled = seam.leave_back(self._experts, grad, self._weights)
+            grad_scaled = one_expert.leave_back(self._experts, grad, self._weights)
             grad_scale = (grad_scaled * gated).sum(dim=-1)
             if "down_proj_bias" in self._weights:
                 grad_scale = grad_scale + grad @ self._weights["down_proj_bias"]
@@ -230,15 +232,15 @@ class _Back:
 
     def _through_norm(self, grad: Tensor, gated: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            before = seam.leave_expert(self._experts, gated, self._weights).requires_grad_()
-            after = seam.norm_expert(self._experts, before)
+            before = one_expert.leave_expert(self._experts, gated, self._weights).requires_grad_()
+            after = one_expert.norm_expert(self._experts, before)
         (grad_before,) = torch.autograd.grad(after, before, self._scale * grad)
         return grad_before, (grad * after.detach()).sum(dim=-1)
 
     def _last_input(self) -> tuple[Tensor, Tensor | None]:
         """What the last product saw, and the factor of its bias unless that is 1."""
         gated = self._gated.detach()
-        return (gated, None) if seam.has_norm(self._experts) else (self._scale * gated, self._scale)
+        return (gated, None) if one_expert.has_norm(self._experts) else (self._scale * gated, self._scale)
 
     def row_gradients(self, token: Tensor, hidden_TD: Tensor, grad_inner: Tensor) -> RowGradients:
         """What a gradient watch is given; after :meth:`leave`."""
@@ -251,6 +253,6 @@ class _Back:
     def weight_gradients(self, rows: Tensor, grad_inner: Tensor) -> dict[str, Tensor]:
         """By parameter name; after :meth:`leave`."""
         gated, bias_scale = self._last_input()
-        return seam.entry_gradients(self._experts, rows, grad_inner) | seam.exit_gradients(
+        return one_expert.entry_gradients(self._experts, rows, grad_inner) | one_expert.exit_gradients(
             self._experts, gated, self._grad_last, bias_scale
         )

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fedexperts.errors import UserError
-from fedexperts.moe import seam
+from fedexperts.moe import one_expert
 from fedexperts.moe.activations import LayerActivations, LayerWatch, bytes_per_token, collect_activations
 from fedexperts.moe.forward_pass import TokenBatch, run_pass
 from fedexperts.moe.quadratic import QuadraticForms, all_subsets, losses_of_all, losses_with_one_more
@@ -327,7 +327,7 @@ def _outputs(layer: MoeLayer, chunk: LayerActivations) -> Tensor:
     num_tokens, hidden_size = inputs_TD.shape
     outputs_TED = inputs_TD.new_empty(num_tokens, layer.num_experts, hidden_size)
     for expert in range(layer.num_experts):
-        outputs_TED[:, expert] = seam.run_expert(layer.experts, inputs_TD, layer.expert(expert))
+        outputs_TED[:, expert] = one_expert.run_expert(layer.experts, inputs_TD, layer.expert(expert))
     return outputs_TED
 
 
