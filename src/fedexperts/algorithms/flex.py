@@ -21,7 +21,6 @@ from fedexperts.messages import Upload
 from fedexperts.moe import graft as grafting
 from fedexperts.moe import seam
 from fedexperts.moe.graft import GateMeter, GraftForm
-from fedexperts.moe.reconstruct import choose_experts, reconstruction_losses
 from fedexperts.moe.seam import MoeLayer
 from fedexperts.moe.subsets import LARGEST, choose_subsets
 from fedexperts.tensors import Tensors
@@ -109,12 +108,11 @@ class Flex:
         """Eq. 4 on the pretrained model: LoRA's B is still zero here, whatever has been averaged since."""
         batches = client.calibration_batches(self.calibration_examples)
         model, layers = client.parts.model, self._layers(client.parts)
-        if self.num_grafts == 1:
-            return torch.tensor(choose_experts(reconstruction_losses(model, layers, batches)))
         choices = choose_subsets(
             model, layers, batches, self.num_grafts, seed=client.derive_seed("calibration")
         )
-        return torch.tensor([choice.experts for choice in choices])
+        chosen = torch.tensor([choice.experts for choice in choices])
+        return chosen.squeeze(1) if self.num_grafts == 1 else chosen
 
     def client_update(
         self, client: Client, personal: Tensors, tensors: Mapping[str, Tensor]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from fedexperts.errors import UserError
 from fedexperts.models.tiny import tiny_model
 from fedexperts.moe import seam
-from fedexperts.moe.reconstruct import choose_experts, reconstruction_losses
+from fedexperts.moe.activations import collect_activations
+from fedexperts.moe.subsets import choose_subsets, subset_losses
 
 FAMILIES = ("qwen2_moe", "gpt_oss", "nemotron_h", "deepseek_v3")
 """Gated, biased and transposed, without a gate, and with a dense layer and a shared expert."""
@@ -25,6 +26,12 @@ class Tokens:
 def batches_of(num_batches: int = 3) -> list[Tokens]:
     tokens = [random_tokens(2, 6 + index, seed=index) for index in range(num_batches)]
     return [Tokens(ids, torch.ones_like(ids)) for ids in tokens]
+
+
+def losses_of(model: nn.Module, layers: tuple[seam.MoeLayer, ...], batches: list[Tokens]) -> list[Tensor]:
+    """Loss of every expert alone, by layer (E,)."""
+    kept = collect_activations(model, layers, batches, byte_limit=2**30)
+    return [subset_losses(layer, kept.layer(layer.index), 1) for layer in layers]
 
 
 def brute_force(found: Seated, batches: list[Tokens]) -> list[list[float]]:
@@ -66,17 +73,18 @@ def alone(experts: nn.Module, hidden: Tensor, expert: int) -> Tensor:
 def test_losses_and_choice_are_those_of_brute_force(family: str) -> None:
     found, batches = seat(family), batches_of()
     expected = brute_force(found, batches)
-    losses = reconstruction_losses(found.model, found.layers, batches)
+    losses = losses_of(found.model, found.layers, batches)
     for loss_E, expected_E in zip(losses, expected, strict=True):
         # float32 outputs of two orders of the same sums
         torch.testing.assert_close(loss_E.tolist(), expected_E, rtol=1e-5, atol=1e-6)
-    assert choose_experts(losses) == [row.index(min(row)) for row in expected]
+    choices = choose_subsets(found.model, found.layers, batches, 1)
+    assert [choice.experts for choice in choices] == [(row.index(min(row)),) for row in expected]
 
 
 def test_norm_is_summed_over_batches_and_not_squared(qwen: Seated) -> None:
     first, second = batches_of(2)
-    apart = [reconstruction_losses(qwen.model, qwen.layers, [batch]) for batch in (first, second)]
-    together = reconstruction_losses(qwen.model, qwen.layers, [first, second])
+    apart = [losses_of(qwen.model, qwen.layers, [batch]) for batch in (first, second)]
+    together = losses_of(qwen.model, qwen.layers, [first, second])
     for layer in range(2):
         assert torch.equal(together[layer], apart[0][layer] + apart[1][layer])
 
@@ -88,8 +96,8 @@ def test_padding_is_left_out(qwen: Seated) -> None:
         torch.cat([plain.input_ids, pad], dim=1),
         torch.cat([plain.attention_mask, torch.zeros_like(pad)], dim=1),
     )
-    expected = reconstruction_losses(qwen.model, qwen.layers, [plain])
-    found = reconstruction_losses(qwen.model, qwen.layers, [padded])
+    expected = losses_of(qwen.model, qwen.layers, [plain])
+    found = losses_of(qwen.model, qwen.layers, [padded])
     for loss_E, expected_E in zip(found, expected, strict=True):
         # attention over masked positions sums the same float32 terms in other blocks
         torch.testing.assert_close(loss_E, expected_E, rtol=1e-5, atol=1e-6)
@@ -104,19 +112,33 @@ def test_layer_that_is_one_expert_has_that_expert_at_loss_zero() -> None:
         for layer in layers:
             layer.experts.down_proj[1] = layer.experts.down_proj[0]
             layer.experts.gate_up_proj[1] = layer.experts.gate_up_proj[0]
-    for loss_E in reconstruction_losses(model, layers, batches_of()):
+    for loss_E in losses_of(model, layers, batches_of()):
         # routing weights of two equal experts sum to 1 within float32
         assert loss_E.max() < 1e-5
 
 
 def test_lowest_index_wins_a_tie() -> None:
-    assert choose_experts([torch.tensor([2.0, 1.0, 1.0]), torch.tensor([3.0, 3.0, 3.0])]) == [1, 0]
+    model = tiny_model("qwen2_moe")
+    seam.take_seat(model)
+    layers = seam.find_moe_layers(model)
+    (free,) = {choice.experts[0] for choice in choose_subsets(model, layers[:1], batches_of(), 1)}
+    with torch.no_grad():
+        for name in layers[0].parameter_names():
+            fused = getattr(layers[0].experts, name)
+            fused[:] = fused[free].clone()
+    assert choose_subsets(model, layers[:1], batches_of(), 1)[0].experts == (0,)
+
+
+def test_every_family_chooses(seated: Seated) -> None:
+    for choice in choose_subsets(seated.model, seated.layers, batches_of(1), 1):
+        assert choice.is_exhaustive
+        assert 0 <= choice.experts[0] < 6
 
 
 def test_choosing_moves_nothing(qwen: Seated) -> None:
     qwen.model.train()
     try:
-        reconstruction_losses(qwen.model, qwen.layers, batches_of())
+        choose_subsets(qwen.model, qwen.layers, batches_of(), 1)
         assert qwen.model.training
     finally:
         qwen.model.eval()
@@ -125,7 +147,7 @@ def test_choosing_moves_nothing(qwen: Seated) -> None:
 
 def test_no_batch_is_an_error(qwen: Seated) -> None:
     with pytest.raises(UserError, match="no batch to choose experts by"):
-        reconstruction_losses(qwen.model, qwen.layers, [])
+        choose_subsets(qwen.model, qwen.layers, [], 1)
 
 
 def test_weights_that_are_not_finite_are_an_error() -> None:
@@ -134,4 +156,4 @@ def test_weights_that_are_not_finite_are_an_error() -> None:
     layers = seam.find_moe_layers(model)
     layers[1].experts.down_proj.data[3] = float("nan")
     with pytest.raises(UserError, match=r"loss of layer model\.layers\.1\.mlp\.experts is not finite"):
-        reconstruction_losses(model, layers, batches_of())
+        choose_subsets(model, layers, batches_of(), 1)
