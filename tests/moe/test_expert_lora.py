@@ -189,3 +189,12 @@ def test_a_layer_with_other_slots_is_refused(qwen: Seated) -> None:
     with pytest.raises(UserError, match="has slots already: restore it before it is split"):
         split_layer(layer, SlotPlan(num_experts=6, kept=tuple(range(6))))
     restore_layer(layer, fused)
+
+
+def test_weights_that_are_made_for_each_use_are_not_handed_out_to_write_into(qwen: Seated) -> None:
+    layer = qwen.layers[0]
+    add_expert_lora(layer, FORM, 0)
+    with pytest.raises(UserError, match=r"experts\.1\.down_proj is not stored as it is"):
+        seam.tensor_views(qwen.model, [seam.expert_name(layer, 1, "down_proj")])
+    seam.tensor_views(qwen.model, [seam.expert_name(layer, 3, "down_proj")])
+    remove_expert_lora(layer)

@@ -170,7 +170,7 @@ def test_watching_sees_the_addition(qwen: Seated) -> None:
 def test_a_layer_takes_one_addition(qwen: Seated) -> None:
     layer = qwen.layers[0]
     seam.add_to_layer(layer, Doubled())
-    with pytest.raises(AssertionError, match="has an addition already"):
+    with pytest.raises(UserError, match="has grafts already"):
         seam.add_to_layer(layer, Doubled())
     with pytest.raises(UserError, match="has a graft: take it away before"):
         seam.leave_seat(qwen.model)

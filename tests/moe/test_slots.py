@@ -14,7 +14,14 @@ from fedexperts.errors import UserError
 from fedexperts.moe import seam
 from fedexperts.moe.graft import GraftForm, grafted
 from fedexperts.moe.rows import group_rows
-from fedexperts.moe.slots import SlotPlan, full_weights, has_slots, restore_layer, split_layer
+from fedexperts.moe.slots import (
+    SlotPlan,
+    full_weights,
+    has_slots,
+    idle_experts,
+    restore_layer,
+    split_layer,
+)
 
 SINGLETONS = SlotPlan(num_experts=6, tuned=(3, 1), kept=(5, 0), merged=((2,), (4,)))
 """Every expert in a slot of its own, in an order that is not theirs."""
@@ -224,6 +231,18 @@ def test_an_experts_name_reaches_its_slot(qwen: Seated) -> None:
         missing = seam.expert_name(layer, 6, "down_proj")
         with pytest.raises(KeyError):
             seam.tensor_views(qwen.model, [missing])
+
+
+def test_a_tuned_expert_that_no_token_reaches_is_named(qwen: Seated) -> None:
+    layer = qwen.layers[0]
+    index, weights = torch.tensor([[0, 1], [2, 1]]), torch.full((2, 2), 0.5)
+    with Split(qwen.layers, MIXED):
+        assert idle_experts(qwen.layers) == {0: (1, 4), 1: (1, 4)}
+        with torch.no_grad():
+            layer.experts(torch.randn(2, 32), index, weights)
+        assert idle_experts(qwen.layers)[0] == (1, 4), "nothing is trained without gradients"
+        layer.experts(torch.randn(2, 32), index, weights)
+        assert idle_experts(qwen.layers) == {0: (4,), 1: (1, 4)}
 
 
 def test_a_dropped_expert_adds_nothing(qwen: Seated) -> None:

@@ -281,10 +281,11 @@ def add_to_layer(layer: MoeLayer, addition: nn.Module) -> None:
     """Put ``addition`` (see :class:`Addition`) beside the layer's experts, as a submodule of theirs.
 
     Raises:
-        UserError: the layer's model is not in the seat.
+        UserError: the layer's model is not in the seat, or the layer has an addition already.
     """
     _refuse_outside_seat(layer)
-    assert not hasattr(layer.experts, _ADDITION), f"layer {layer.name} has an addition already"
+    if hasattr(layer.experts, _ADDITION):
+        raise UserError(f"layer {layer.name} has grafts already: take them away first, or graft all at once")
     layer.experts.add_module(_ADDITION, addition)
 
 
@@ -399,8 +400,11 @@ def expert_names(layers: Iterable[MoeLayer]) -> tuple[str, ...]:
 def tensor_views(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Views of ``model``'s tensors by name, where a name is a parameter's or :func:`expert_name`'s.
 
-    Writing into a view writes into the model, but an expert in few bits or under LoRA is made anew for
-    reading. Raises ``KeyError`` for a name the model does not have.
+    Writing into a view writes into the model. Raises ``KeyError`` for a name the model does not have.
+
+    Raises:
+        UserError: a name is of an expert in few bits or under LoRA, whose weights are made for each use:
+            what is written into them would be lost.
     """
     parameters = dict(model.named_parameters())
     layers = {name: module for name, module in model.named_modules() if _is_experts(module)}
@@ -413,10 +417,15 @@ def _view(layers: dict[str, nn.Module], name: str) -> Tensor:
     match = _EXPERT_NAME.match(name)
     if match is None or match["layer"] not in layers:
         raise KeyError(name)
+    experts = layers[match["layer"]]
     try:
-        return _weights_of(layers[match["layer"]], int(match["expert"]))[match["parameter"]]
+        view = _weights_of(experts, int(match["expert"]))[match["parameter"]]
     except (IndexError, KeyError):
         raise KeyError(name) from None
+    stored = {parameter.untyped_storage().data_ptr() for parameter in experts.parameters()}
+    if view.untyped_storage().data_ptr() not in stored:
+        raise UserError(f"{name} is not stored as it is (few bits, or LoRA), so it cannot be loaded or sent")
+    return view
 
 
 def fused_names(names: Iterable[str]) -> set[str]:

@@ -139,6 +139,7 @@ class Slots(nn.Module):
         super().__init__()
         self.plan, self.order = plan, order
         self.tuned, self.frozen = tuned, frozen
+        self._num_rows = [0] * len(plan.tuned)
         self.register_buffer("lookup_E", plan.lookup(), persistent=False)
 
     def banks(self, experts: nn.Module) -> list[Any]:
@@ -152,7 +153,14 @@ class Slots(nn.Module):
         if self.order == "stock":
             return self._stock(experts, hidden_TD, slot_TK, weight_TK)
         rows = group_rows(slot_TK, weight_TK, self.plan.num_slots)
+        if torch.is_grad_enabled():
+            tuned = zip(self._num_rows, rows.sizes, strict=False)
+            self._num_rows = [before + size for before, size in tuned]
         return self._run(experts, hidden_TD, rows).to(hidden_TD.dtype)
+
+    def idle(self) -> tuple[int, ...]:
+        """Tuned experts that no token has reached in any pass with gradients: they have not been trained."""
+        return tuple(e for e, num_rows in zip(self.plan.tuned, self._num_rows, strict=True) if num_rows == 0)
 
     def _run(self, experts: nn.Module, hidden_TD: Tensor, rows: Rows) -> Tensor:
         start, made = 0, []
@@ -263,6 +271,15 @@ def restore_layer(layer: MoeLayer, fused: Mapping[str, Tensor]) -> None:
         )
     seam.drop_slots(layer)
     seam.set_fused(layer, fused)
+
+
+def idle_experts(layers: Iterable[MoeLayer]) -> dict[int, tuple[int, ...]]:
+    """By index of those layers that have any: tuned experts that no token has reached in training so far.
+
+    They get no gradient, and nothing else says so. Passes in the order ``stock`` are not counted.
+    """
+    found = {layer.index: seam.slots_of(layer) for layer in layers if seam.slots_of(layer) is not None}
+    return {index: slots.idle() for index, slots in found.items() if slots.idle()}
 
 
 def full_weights(layer: MoeLayer) -> dict[str, Tensor]:
