@@ -23,9 +23,8 @@ from fedexperts.workbench import Workbench, open_workbench
 
 CLIENT = "client-000"
 BYTE_LIMIT = 2**30
-NUM_TUNED = 6
-NUM_MERGED = 16
-BUDGETS = (4, 8, 16, 32)
+TUNED_SHARE, MERGED_SHARE = 1 / 4, 2 / 9
+"""Of a layer's experts, and slots of all that are left: 6 and 16 of the embedded model's."""
 PAPER = "adaptive, attention x frequency"
 VARIANTS: dict[str, MergeSettings] = {
     PAPER: MergeSettings(),
@@ -52,9 +51,28 @@ class Client:
     test: list[Batch]
     seed: int
 
+    @property
+    def num_tuned(self) -> int:
+        """Experts of each layer that are not merged."""
+        return int(TUNED_SHARE * self.bench.parts.layers[0].num_experts)
+
+    @property
+    def num_merged(self) -> int:
+        """Slots for all others; at least one for each layer."""
+        layers = self.bench.parts.layers
+        others = sum(layer.num_experts - self.num_tuned for layer in layers)
+        return max(len(layers), round(MERGED_SHARE * others))
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """From a quarter of that to twice as many."""
+        least = len(self.bench.parts.layers)
+        sizes = (self.num_merged // 4, self.num_merged // 2, self.num_merged, 2 * self.num_merged)
+        return tuple(dict.fromkeys(max(least, size) for size in sizes))
+
     def plans(self, settings: MergeSettings, num_merged: int) -> list[MergePlan]:
         """The merge of everything but the most used experts."""
-        tuned = [each.tokens_E.topk(NUM_TUNED).indices.tolist() for each in self.profiles]
+        tuned = [each.tokens_E.topk(self.num_tuned).indices.tolist() for each in self.profiles]
         attention = [each.mean_attention_E for each in self.profiles if each.mean_attention_E is not None]
         return plan_merge(
             self.bench.parts.layers,
@@ -91,8 +109,8 @@ def measure(model: str, *, seeds: int = 5, num_examples: int = 96) -> dict[str, 
     return {
         "model": model,
         "seeds": seeds,
-        "tuned": NUM_TUNED,
-        "merged": NUM_MERGED,
+        "tuned": runs[0]["tuned"],
+        "merged": runs[0]["merged"],
         "layers": runs[0]["layers"],
         "experts": runs[0]["experts"],
         "tokens_seen": [run["tokens_seen"] for run in runs],
@@ -125,7 +143,7 @@ def measure(model: str, *, seeds: int = 5, num_examples: int = 96) -> dict[str, 
                 }
                 for kind in ("adaptive", "uniform")
             }
-            for budget in BUDGETS
+            for budget in runs[0]["budgets"]
         },
     }
 
@@ -135,18 +153,20 @@ def _of_seed(model: str, seed: int, num_examples: int) -> dict[str, Any]:
     config = bench_config(model, "fedavg", f"seed={seed}", "threads=1", *settings)
     with open_workbench(config, Stopwatch()) as bench:
         client = _prepare(bench, seed, num_examples)
-        variants = {name: _judge(client, settings, NUM_MERGED) for name, settings in VARIANTS.items()}
+        variants = {name: _judge(client, settings, client.num_merged) for name, settings in VARIANTS.items()}
         kinds = {kind: MergeSettings(budget=kind) for kind in ("adaptive", "uniform")}
         return {
             "layers": len(bench.parts.layers),
             "experts": bench.parts.layers[0].num_experts,
+            "tuned": client.num_tuned,
+            "merged": client.num_merged,
             "tokens_seen": client.seen.num_tokens,
             "tokens_unseen": client.unseen.num_tokens,
             "loss": variants[PAPER]["loss"],
             "variants": variants,
             "budgets": {
                 budget: {kind: _judge(client, settings, budget) for kind, settings in kinds.items()}
-                for budget in BUDGETS
+                for budget in client.budgets
             },
         }
 
@@ -154,7 +174,7 @@ def _of_seed(model: str, seed: int, num_examples: int) -> dict[str, Any]:
 def _judge(client: Client, settings: MergeSettings, num_merged: int) -> dict[str, Any]:
     plans = client.plans(settings, num_merged)
     errors = client.layer_errors(plans)
-    slots = [plan.slots.num_slots - NUM_TUNED for plan in plans]
+    slots = [plan.slots.num_slots - client.num_tuned for plan in plans]
     return {"layer_error": statistics.mean(errors), "by_layer": errors, "slots": slots} | client.model_loss(
         plans
     )
