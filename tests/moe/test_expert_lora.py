@@ -16,7 +16,13 @@ from fedexperts.moe.expert_lora import (
     remove_expert_lora,
 )
 from fedexperts.moe.low_bit import LowBitForm
-from fedexperts.moe.quantize import quantization_report, quantize_experts, quantized
+from fedexperts.moe.quantize import (
+    banks_of,
+    quantization_report,
+    quantize_experts,
+    quantized,
+    restore_layers,
+)
 from fedexperts.moe.slots import SlotPlan, restore_layer, split_layer
 from fedexperts.tensors import num_bytes
 
@@ -198,3 +204,13 @@ def test_weights_that_are_made_for_each_use_are_not_handed_out_to_write_into(qwe
         seam.tensor_views(qwen.model, [seam.expert_name(layer, 1, "down_proj")])
     seam.tensor_views(qwen.model, [seam.expert_name(layer, 3, "down_proj")])
     remove_expert_lora(layer)
+
+
+def test_what_would_lose_lora_or_save_half_a_bank_is_refused(qwen: Seated) -> None:
+    originals = quantize_experts(qwen.layers, LowBitForm(bits=8), is_keeping_originals=True)
+    add_expert_lora(qwen.layers[1], FORM, 0)
+    for refused in (lambda: restore_layers(qwen.layers, originals), lambda: banks_of(qwen.layers)):
+        with pytest.raises(UserError, match="has LoRA on quantised experts: merge it"):
+            refused()
+    remove_expert_lora(qwen.layers[1])
+    restore_layers(qwen.layers, originals)

@@ -19,7 +19,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from fedexperts.errors import UserError
 from fedexperts.moe import seam
-from fedexperts.moe.seam import MoeLayer
+from fedexperts.moe.slots import full_weights
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def export_model(model: Any, folder: Path) -> None:
     writer = _ShardWriter(model, folder, num_shards=len(layers) + 1)
     writer.write(remove_tied_weights_from_state_dict(rest, model))
     for layer in layers:
-        writer.write({f"{layer.name}.{name}": weight for name, weight in _copies(layer).items()})
+        writer.write({f"{layer.name}.{name}": weight for name, weight in full_weights(layer).items()})
     writer.finish()
     model.config.save_pretrained(folder)
     if model.can_generate():
@@ -56,21 +56,6 @@ def _refuse_strangers(model: Any, own: Mapping[str, Tensor]) -> None:
             raise UserError(
                 f"tensor {name} has no place in a plain checkpoint: take it out of the model first"
             )
-
-
-def _copies(layer: MoeLayer) -> dict[str, Tensor]:
-    """Fused weights (E, ...) in which each expert is what runs for it, in the dtype of the layer's own."""
-    like = {name: getattr(layer.experts, name) for name in layer.parameter_names()}
-    fused = {
-        name: torch.zeros(layer.num_experts, *weight.shape[1:], dtype=weight.dtype)
-        for name, weight in like.items()
-    }
-    slots = seam.slots_of(layer)
-    for expert in range(layer.num_experts):
-        if slots is None or expert not in slots.plan.dropped:
-            for name, weight in layer.expert(expert).items():
-                fused[name][expert] = weight
-    return fused
 
 
 class _ShardWriter:

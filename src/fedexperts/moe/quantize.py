@@ -66,7 +66,13 @@ def install_bank(layer: MoeLayer, bank: QuantizedBank) -> Originals:
 
 
 def banks_of(layers: Sequence[MoeLayer]) -> dict[str, QuantizedBank]:
-    """The banks that sit in ``layers``, by layer name: what ``low_bit_bank.save_banks`` takes."""
+    """The banks that sit in ``layers``, by layer name: what ``low_bit_bank.save_banks`` takes.
+
+    Raises:
+        UserError: a layer has LoRA on quantised experts, so that its bank holds the others alone.
+    """
+    for layer in layers:
+        _refuse_lora(layer)
     found = {layer.name: getattr(seam.slots_of(layer), "frozen", None) for layer in layers}
     return {name: bank for name, bank in found.items() if isinstance(bank, QuantizedBank)}
 
@@ -117,13 +123,27 @@ def _refuse_what_cannot_be(layer: MoeLayer) -> None:
 
 
 def restore_layers(layers: Sequence[MoeLayer], originals: Sequence[Originals]) -> None:
-    """Undo :func:`quantize_experts`, bit for bit."""
+    """Undo :func:`quantize_experts`, bit for bit.
+
+    Raises:
+        UserError: a layer has got LoRA on quantised experts since, which would be lost; none is changed then.
+    """
+    for layer in layers:
+        _refuse_lora(layer)
     for layer, before in zip(layers, originals, strict=True):
         if before.had_slots:
             seam.slots_of(layer).frozen = None
             seam.set_fused(layer, before.fused)
         else:
             restore_layer(layer, before.fused)
+
+
+def _refuse_lora(layer: MoeLayer) -> None:
+    tuned = getattr(seam.slots_of(layer), "tuned", None)
+    if isinstance(tuned, LoraExperts) and isinstance(tuned.base, QuantizedBank):
+        raise UserError(
+            f"layer {layer.name} has LoRA on quantised experts: merge it into them or remove it first"
+        )
 
 
 @contextmanager

@@ -282,20 +282,24 @@ def idle_experts(layers: Iterable[MoeLayer]) -> dict[int, tuple[int, ...]]:
     return {index: slots.idle() for index, slots in found.items() if slots.idle()}
 
 
+@torch.no_grad()
 def full_weights(layer: MoeLayer) -> dict[str, Tensor]:
     """Fused weights (E, ...) in which every expert has what runs for it now, in the model's dtype.
 
-    Members of a merged group are equal copies: a stock model with these weights gives the same output.
-
-    Raises:
-        UserError: an expert has been dropped.
+    Members of a merged group are equal copies, and dropped experts zeros, which give nothing: a stock model
+    with these weights gives the same output.
     """
-    everyone = [layer.expert(expert) for expert in range(layer.num_experts)]
-    dtypes = {name: getattr(layer.experts, name).dtype for name in everyone[0]}
-    return {
-        name: torch.stack([weights[name].detach().to(dtype) for weights in everyone])
-        for name, dtype in dtypes.items()
+    slots = seam.slots_of(layer)
+    dropped = () if slots is None else slots.plan.dropped
+    full = {
+        name: stored.new_zeros(layer.num_experts, *stored.shape[1:])
+        for name, stored in seam.fused_weights(layer).items()
     }
+    for expert in range(layer.num_experts):
+        if expert not in dropped:
+            for name, weight in layer.expert(expert).items():
+                full[name][expert] = weight
+    return full
 
 
 def has_slots(layers: Iterable[MoeLayer]) -> bool:
