@@ -20,7 +20,13 @@ from fedexperts.moe.low_bit import LowBitForm
 from fedexperts.moe.low_bit_bank import ExpertShapes, QuantizedBank
 from fedexperts.moe.merge import merge_weights
 from fedexperts.moe.seam import MoeLayer
-from fedexperts.moe.slots import SlotPlan, install_slots, restore_layer, split_layer
+from fedexperts.moe.slots import (
+    SlotPlan,
+    install_slots,
+    refuse_another_plan,
+    restore_layer,
+    split_layer,
+)
 
 Weights = Mapping[str, Tensor]
 """One expert's, by fused parameter name."""
@@ -122,10 +128,7 @@ def _check_plans(plans: Sequence[SlotPlan], layers: Sequence[MoeLayer]) -> None:
     if len(plans) != len(layers):
         raise UserError(f"{len(plans)} plans for a model of {len(layers)} MoE layers")
     for layer, plan in zip(layers, plans, strict=True):
-        if plan.num_experts != layer.num_experts:
-            raise UserError(
-                f"plan for {plan.num_experts} experts, but layer {layer.name} has {layer.num_experts}"
-            )
+        refuse_another_plan(layer, plan)
 
 
 def _load_rest(checkpoint: Checkpoint) -> Any:

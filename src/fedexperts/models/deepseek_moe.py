@@ -10,18 +10,17 @@ Shape suffixes: ``T`` tokens, ``D`` hidden, ``K`` top-k.
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers import initialization as init
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaPreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeTopKRouter
 
 from fedexperts.errors import UserError
+from fedexperts.models.llama_with_experts import ExpertsLlamaForCausalLM, ExpertsLlamaPreTrainedModel
 
 
 class DeepseekConfig(LlamaConfig):  # type: ignore[misc]
@@ -90,27 +89,10 @@ def _shared_experts(config: DeepseekConfig) -> LlamaMLP:
     return LlamaMLP(widened)
 
 
-class DeepseekPreTrainedModel(LlamaPreTrainedModel):  # type: ignore[misc]
-    """Llama's, with initial weights for what Llama has not."""
+class DeepseekModel(ExpertsLlamaPreTrainedModel, LlamaModel):  # type: ignore[misc]
+    """A Llama whose sparse layers have :class:`DeepseekMoE` in the place of the dense block."""
 
     config: DeepseekConfig
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # Transformers reads it off a class's source file and keeps the answer, which would be inherited from
-        # Llama; what counts is the decorator on Qwen2MoeExperts.
-        return True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Qwen2MoeExperts | Qwen2MoeTopKRouter):
-            for parameter in module.parameters(recurse=False):
-                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
-
-
-class DeepseekModel(DeepseekPreTrainedModel, LlamaModel):  # type: ignore[misc]
-    """A Llama whose sparse layers have :class:`DeepseekMoE` in the place of the dense block."""
 
     def __init__(self, config: DeepseekConfig) -> None:
         """Leave the weights to be loaded or drawn."""
@@ -121,17 +103,11 @@ class DeepseekModel(DeepseekPreTrainedModel, LlamaModel):  # type: ignore[misc]
         self.post_init()
 
 
-class DeepseekForCausalLM(DeepseekPreTrainedModel, LlamaForCausalLM):  # type: ignore[misc]
+class DeepseekForCausalLM(ExpertsLlamaForCausalLM):
     """The language model, under the class name that published checkpoints give."""
 
-    def __init__(self, config: DeepseekConfig) -> None:
-        """Leave the weights to be loaded or drawn."""
-        # Llama's own would make a dense model first.
-        LlamaPreTrainedModel.__init__(self, config)
-        self.model = DeepseekModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    config: DeepseekConfig
+    model_class = DeepseekModel
 
 
 def register() -> None:

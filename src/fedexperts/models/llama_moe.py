@@ -13,17 +13,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers import initialization as init
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import WeightRenaming
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
 from fedexperts.errors import UserError
+from fedexperts.models.llama_with_experts import ExpertsLlamaForCausalLM, ExpertsLlamaPreTrainedModel
 
 _FIXED = {
     "gate_type": "TopKBalancedNoisyGate",
@@ -132,27 +131,10 @@ class LlamaMoELayer(nn.Module):
         return cast(Tensor, self.experts(hidden_TD, index_TK, weights_TK).view_as(hidden_states))
 
 
-class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):  # type: ignore[misc]
-    """Llama's, with initial weights for what Llama has not."""
+class LlamaMoEModel(ExpertsLlamaPreTrainedModel, LlamaModel):  # type: ignore[misc]
+    """A Llama whose dense blocks are :class:`LlamaMoELayer`."""
 
     config: LlamaMoEConfig
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # Transformers reads it off a class's source file and keeps the answer, which would be inherited from
-        # Llama; what counts is the decorator on Qwen2MoeExperts.
-        return True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Qwen2MoeExperts):
-            for parameter in module.parameters(recurse=False):
-                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
-
-
-class LlamaMoEModel(LlamaMoEPreTrainedModel, LlamaModel):  # type: ignore[misc]
-    """A Llama whose dense blocks are :class:`LlamaMoELayer`."""
 
     def __init__(self, config: LlamaMoEConfig) -> None:
         """Leave the weights to be loaded or drawn."""
@@ -163,17 +145,11 @@ class LlamaMoEModel(LlamaMoEPreTrainedModel, LlamaModel):  # type: ignore[misc]
         self.post_init()
 
 
-class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM):  # type: ignore[misc]
+class LlamaMoEForCausalLM(ExpertsLlamaForCausalLM):
     """The language model, under the class name that published checkpoints give."""
 
-    def __init__(self, config: LlamaMoEConfig) -> None:
-        """Leave the weights to be loaded or drawn."""
-        # Llama's own would make a dense model first.
-        LlamaPreTrainedModel.__init__(self, config)
-        self.model = LlamaMoEModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    config: LlamaMoEConfig
+    model_class = LlamaMoEModel
 
 
 def register() -> None:

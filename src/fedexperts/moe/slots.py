@@ -225,6 +225,14 @@ def install_slots(
     seam.set_fused(layer, stored)
 
 
+def refuse_another_plan(layer: MoeLayer, plan: SlotPlan) -> None:
+    """Raise UserError unless ``plan`` is for as many experts as ``layer`` has."""
+    if plan.num_experts != layer.num_experts:
+        raise UserError(
+            f"plan for {plan.num_experts} experts, but layer {layer.name} has {layer.num_experts}"
+        )
+
+
 def split_layer(
     layer: MoeLayer,
     plan: SlotPlan,
@@ -243,10 +251,7 @@ def split_layer(
     """
     if seam.slots_of(layer) is not None:
         raise UserError(f"layer {layer.name} has slots already: restore it before it is split")
-    if plan.num_experts != layer.num_experts:
-        raise UserError(
-            f"plan for {plan.num_experts} experts, but layer {layer.name} has {layer.num_experts}"
-        )
+    refuse_another_plan(layer, plan)
     if len(merged) != len(plan.merged):
         raise UserError(f"plan has {len(plan.merged)} merged groups, but weights came for {len(merged)}")
     fused = seam.fused_weights(layer)
