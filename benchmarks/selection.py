@@ -170,8 +170,13 @@ def _rerun(layer: MoeLayer, kept: LayerActivations, size: int, number: int, devi
     )
     seconds = []
     for position in [draw.randrange(len(subsets)) for _ in range(number + 1)]:
-        subset, found = subsets[position].tolist(), []
-        seconds.append(_timed(lambda: found.append(_loss(layer, here, subset)), device)())  # noqa: B023
+        subset: list[int] = subsets[position].tolist()
+        found: list[float] = []
+
+        def run_again(subset: list[int] = subset, found: list[float] = found) -> None:
+            found.append(_loss(layer, here, subset))
+
+        seconds.append(_timed(run_again, device)())
         # the rival adds up in bfloat16, as the layer does
         assert abs(found[0] / float(losses[position]) - 1) < 0.01, (subset, found[0], losses[position])
     return spread(seconds[1:])

@@ -236,7 +236,7 @@ def _ways_table(
             size = _expert_megabytes(scene)
         rows.append((name, f"{size:.2f}", f"{sum(errors) / len(errors):.3f}", *_losses(changed)))
     for bits in (8, 4, 2):
-        form = LowBitForm(bits=bits, group_size=64)  # type: ignore[arg-type]
+        form = LowBitForm(bits=bits, group_size=64)
         with quantized(scene.layers, form):
             size = quantization_report(scene.model).packed_bytes / 1e6
         changed = model_error(scene.model, quantized(scene.layers, form), scene.test[category])
