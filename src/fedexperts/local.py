@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from fedexperts.data.batches import IGNORED_LABEL, Batch
 from fedexperts.errors import UserError
+from fedexperts.moe.label_logits import logits_only_where
 from fedexperts.tensors import Tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -222,7 +223,7 @@ def _backward(model: Any, batch: Batch, router_aux_loss: float) -> float:
     device = next(model.parameters()).device
     next_labels = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(device)
     is_asked = next_labels != IGNORED_LABEL
-    with _logits_only_where(is_asked, model):
+    with logits_only_where(is_asked, model):
         output = model(
             input_ids=batch.input_ids.to(device),
             attention_mask=batch.attention_mask.to(device),
@@ -233,21 +234,6 @@ def _backward(model: Any, batch: Batch, router_aux_loss: float) -> float:
     total = loss + router_aux_loss * output.aux_loss if router_aux_loss else loss
     total.backward()
     return float(loss.detach())
-
-
-@contextmanager
-def _logits_only_where(is_asked: Tensor, model: Any) -> Iterator[None]:
-    """Make logits of the asked positions (B, T) alone: shape (M, V), and not (B, T, V).
-
-    Most of a batch is prompt, whose logits nobody looks at; with a large vocabulary they cost more time and
-    memory than a layer does.
-    """
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][is_asked],))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _clip(parameters: Any, largest: float) -> float:

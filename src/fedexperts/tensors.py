@@ -39,7 +39,7 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite; integers always are finite."""
     if not tensor.is_floating_point():
         return True
-    # A sum is 35 times as fast, and finite only if every value is; one that overflows proves nothing.
+    # A sum is much faster, and finite only if every value is; one that overflows proves nothing.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
