@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from benchmarks.tables import Figures, Table, milliseconds
 from benchmarks.timing import in_turns, paired_ratio, spread
-from fedexperts.moe.cluster import fused_kmeans
+from fedexperts.moe.compressing.cluster import fused_kmeans
 
 COMPONENTS = 32
 STARTS = (1, 4)

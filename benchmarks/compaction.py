@@ -23,9 +23,9 @@ from benchmarks.tables import Figures, Table
 from benchmarks.timing import spread
 from fedexperts.models.checkpoint import Checkpoint
 from fedexperts.models.compact import compact_model, load_compact, merge_by_shares, restore_model
-from fedexperts.moe import seam
-from fedexperts.moe.low_bit import LowBitForm
-from fedexperts.moe.slots import SlotPlan
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.low_bit import LowBitForm
+from fedexperts.moe.surgery.slots import SlotPlan
 
 SIZES: dict[str, Any] = {
     "vocab_size": 16384,

@@ -11,15 +11,15 @@ from benchmarks.timing import in_turns, paired_ratio, spread
 from benchmarks.usual_recipe import JobRun, UsualRecipe
 from fedexperts.algorithms.aggregation import current, load_tensors
 from fedexperts.config.schema import RunConfig
-from fedexperts.costs import Stopwatch
+from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.data.batches import IGNORED_LABEL, encode_all
 from fedexperts.evaluation.examples import evaluate_examples
-from fedexperts.experiment import run_experiment
 from fedexperts.federation.checkpoint import load_checkpoint
-from fedexperts.progress import QuietProgress
 from fedexperts.run_directory import RunDirectory, read_lines
+from fedexperts.running.experiment import run_experiment
+from fedexperts.running.progress import QuietProgress
+from fedexperts.running.workbench import Workbench, open_workbench
 from fedexperts.tensors import Tensors
-from fedexperts.workbench import Workbench, open_workbench
 
 SAME_LOSS = 0.05
 """Largest difference between both sides' losses, as a share: they draw the same examples, but batch them

@@ -21,14 +21,14 @@ from benchmarks.timing import in_turns, paired_ratio, spread
 from fedexperts.algorithms.aggregation import current, load_tensors
 from fedexperts.algorithms.api import ModelParts
 from fedexperts.config.schema import RunConfig
-from fedexperts.costs import Stopwatch
+from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.data.batches import Batch, draw_batches, encode_all
-from fedexperts.local import LocalResult, ParameterGroup, TrainingSettings, local_steps
 from fedexperts.models.adapters import find_targets, lora_config, lora_state, peft_state
-from fedexperts.moe import seam
-from fedexperts.moe.graft import GateMeter, GraftForm, grafted
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.graft import GateMeter, GraftForm, grafted
+from fedexperts.running.workbench import Workbench, open_workbench
 from fedexperts.tensors import Tensors
-from fedexperts.workbench import Workbench, open_workbench
+from fedexperts.training.local_steps import LocalResult, ParameterGroup, TrainingSettings, local_steps
 
 CLIENT = "client-000"
 SAME_LORA = 1e-3

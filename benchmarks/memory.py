@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.setting import bench_config
 from benchmarks.timing import spread
-from fedexperts.experiment import run_experiment
-from fedexperts.progress import QuietProgress
+from fedexperts.running.experiment import run_experiment
+from fedexperts.running.progress import QuietProgress
 
 SAME_MEMORY = 0.05
 """Largest difference of the peaks, as a share."""

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 
 from benchmarks.tables import Figures, Table
-from fedexperts.costs import predict_memory
+from fedexperts.costs.dry_run import BatchShape
+from fedexperts.costs.round import predict_memory
 from fedexperts.data.batches import IGNORED_LABEL, Batch
-from fedexperts.dry_run import BatchShape
-from fedexperts.local import ParameterGroup, TrainingSettings, local_steps
 from fedexperts.models.adapters import AdapterSettings, add_lora
 from fedexperts.models.tiny import tiny_model
-from fedexperts.moe import seam
-from fedexperts.moe.graft import GraftForm, graft
-from fedexperts.moe.slots import SlotPlan, split_layer
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.graft import GraftForm, graft
+from fedexperts.moe.surgery.slots import SlotPlan, split_layer
+from fedexperts.training.local_steps import ParameterGroup, TrainingSettings, local_steps
 
 RETURNING = {
     "MALLOC_MMAP_THRESHOLD_": "65536",

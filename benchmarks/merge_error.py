@@ -13,13 +13,13 @@ from typing import Any
 
 from benchmarks.setting import bench_config
 from benchmarks.tables import Figures, Table
-from fedexperts.costs import Stopwatch
+from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.data.batches import Batch, encode_all, sequential_batches
-from fedexperts.moe.activations import Activations, collect_activations
-from fedexperts.moe.merge import MergePlan, MergeSettings, merged_layers, plan_merge
-from fedexperts.moe.merge_error import layer_error, model_error
-from fedexperts.moe.profile import LayerProfile, Profiler
-from fedexperts.workbench import Workbench, open_workbench
+from fedexperts.moe.compressing.merge import MergePlan, MergeSettings, merged_layers, plan_merge
+from fedexperts.moe.compressing.merge_error import layer_error, model_error
+from fedexperts.moe.observing.activations import Activations, collect_activations
+from fedexperts.moe.observing.profile import LayerProfile, Profiler
+from fedexperts.running.workbench import Workbench, open_workbench
 
 CLIENT = "client-000"
 BYTE_LIMIT = 2**30

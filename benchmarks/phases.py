@@ -13,7 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fedexperts.models.groups import attention_blocks
-from fedexperts.moe.seam import find_moe_layers
+from fedexperts.moe.surgery.seam import find_moe_layers
 
 _MARK = "part: "
 _OTHER = "loss, rotary angles, residual sums"

@@ -20,14 +20,14 @@ from benchmarks.setting import bench_config
 from benchmarks.slots import BATCH, LENGTH, SIZES, Stack
 from benchmarks.tables import Figures, Table
 from benchmarks.timing import spread
-from fedexperts.costs import Stopwatch
+from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.data.batches import Batch, draw_batches, encode_all
-from fedexperts.moe import seam
-from fedexperts.moe.agreement import record_routing, routing_agreement
-from fedexperts.moe.low_bit import LowBitForm
-from fedexperts.moe.quantize import quantization_report, quantize_experts, quantized
-from fedexperts.moe.slots import SlotPlan, split_layer
-from fedexperts.workbench import Workbench, open_workbench
+from fedexperts.moe.compressing.quantize import quantization_report, quantize_experts, quantized
+from fedexperts.moe.observing.agreement import record_routing, routing_agreement
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.low_bit import LowBitForm
+from fedexperts.moe.surgery.slots import SlotPlan, split_layer
+from fedexperts.running.workbench import Workbench, open_workbench
 
 CLIENT = "client-000"
 

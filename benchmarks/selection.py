@@ -21,14 +21,14 @@ from benchmarks.tables import Figures, Table
 from benchmarks.timing import in_turns, paired_ratio, spread
 from fedexperts.models.load import ModelSettings, load_model
 from fedexperts.models.tiny import tiny_model
-from fedexperts.moe import seam
-from fedexperts.moe.activations import LayerActivations
-from fedexperts.moe.forward_pass import run_pass
-from fedexperts.moe.one_expert import run_expert
-from fedexperts.moe.profile import DEFAULT_QUERIES, LayerProfile, profile_experts
-from fedexperts.moe.quadratic import all_subsets
-from fedexperts.moe.seam import MoeLayer
-from fedexperts.moe.subsets import SubsetRule, Weighting, choose_subset, subset_losses
+from fedexperts.moe.choosing.quadratic import all_subsets
+from fedexperts.moe.choosing.subsets import SubsetRule, Weighting, choose_subset, subset_losses
+from fedexperts.moe.observing.activations import LayerActivations
+from fedexperts.moe.observing.forward_pass import run_pass
+from fedexperts.moe.observing.profile import DEFAULT_QUERIES, LayerProfile, profile_experts
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.one_expert import run_expert
+from fedexperts.moe.surgery.seam import MoeLayer
 from fedexperts.seeds import derive_random
 
 SHAPE = {"hidden_size": 2048, "moe_intermediate_size": 1408, "num_experts": 60, "num_experts_per_tok": 4}

@@ -8,8 +8,8 @@ import torch
 
 from fedexperts.config.load import build_config
 from fedexperts.config.schema import RunConfig
-from fedexperts.environment import describe_environment
 from fedexperts.models.load import EMBEDDED, embedded_folder
+from fedexperts.running.environment import describe_environment
 
 THREADS = 2
 BENCH_PACKAGES = ("trl", "accelerate", "datasets")

@@ -19,8 +19,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from benchmarks.anonymous_memory import PeakMemory
 from benchmarks.tables import Figures, Table
 from benchmarks.timing import spread
-from fedexperts.moe import seam
-from fedexperts.moe.slots import SlotPlan, split_layer
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.slots import SlotPlan, split_layer
 
 SIZES: dict[str, int] = {
     "hidden_size": 512,

@@ -22,15 +22,15 @@ from transformers import AutoModelForCausalLM, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from fedexperts.config.schema import RunConfig
-from fedexperts.costs import Stopwatch
+from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.data.batches import encode_all
 from fedexperts.data.examples import Example
 from fedexperts.data.federated import FederatedData, load_federated_data
 from fedexperts.data.prompts import Encoded, PromptFormat
-from fedexperts.local import learning_rate_share
 from fedexperts.models.adapters import find_targets, lora_config, lora_state, peft_state
 from fedexperts.seeds import derive_random
 from fedexperts.tensors import Tensors
+from fedexperts.training.local_steps import learning_rate_share
 
 Records = dict[str, list[dict[str, Any]]]
 """Training examples by client."""

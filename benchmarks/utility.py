@@ -16,15 +16,15 @@ from torch import Tensor
 from benchmarks.setting import bench_config
 from benchmarks.tables import Figures, Table, milliseconds
 from benchmarks.timing import in_turns, paired_ratio, spread
-from fedexperts.costs import Stopwatch
+from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.data.batches import Batch, draw_batches, encode_all
-from fedexperts.moe.label_logits import label_logits
-from fedexperts.moe.probe import probed_utility
-from fedexperts.moe.profile import count_tokens
-from fedexperts.moe.seam import MoeLayer
-from fedexperts.moe.utility import gradient_utility, run_by_rows, sample_losses
+from fedexperts.moe.observing.label_logits import label_logits
+from fedexperts.moe.observing.probe import probed_utility
+from fedexperts.moe.observing.profile import count_tokens
+from fedexperts.moe.observing.utility import gradient_utility, run_by_rows, sample_losses
+from fedexperts.moe.surgery.seam import MoeLayer
+from fedexperts.running.workbench import Workbench, open_workbench
 from fedexperts.seeds import derive_random
-from fedexperts.workbench import Workbench, open_workbench
 
 CLIENT = "client-000"
 PAIRS = (1, 2, 4)

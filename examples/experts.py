@@ -14,20 +14,20 @@ from benchmarks.tables import Table, markdown, put_into
 from torch import Tensor
 
 from fedexperts.config.load import build_config
-from fedexperts.costs import Stopwatch
+from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.data.batches import Batch, encode_all, sequential_batches
-from fedexperts.moe import seam
-from fedexperts.moe.activations import collect_activations
-from fedexperts.moe.low_bit import LowBitForm
-from fedexperts.moe.merge import MergePlan, MergeSettings, merged_layers, plan_merge
-from fedexperts.moe.merge_error import layer_error, model_error
-from fedexperts.moe.profile import LayerProfile, Profiler, count_tokens
-from fedexperts.moe.quantize import quantization_report, quantized
-from fedexperts.moe.subsets import choose_subset
-from fedexperts.moe.utility import gradient_utility
+from fedexperts.moe.choosing.subsets import choose_subset
+from fedexperts.moe.compressing.merge import MergePlan, MergeSettings, merged_layers, plan_merge
+from fedexperts.moe.compressing.merge_error import layer_error, model_error
+from fedexperts.moe.compressing.quantize import quantization_report, quantized
+from fedexperts.moe.observing.activations import collect_activations
+from fedexperts.moe.observing.profile import LayerProfile, Profiler, count_tokens
+from fedexperts.moe.observing.utility import gradient_utility
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.low_bit import LowBitForm
 from fedexperts.report.heatmaps import HeatMap, heat_map
 from fedexperts.report.markup import Markup, element
-from fedexperts.workbench import Workbench, open_workbench
+from fedexperts.running.workbench import Workbench, open_workbench
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_TUNED, NUM_MERGED, NUM_EXAMPLES, SHOWN_LAYER = 4, 16, 48, 1

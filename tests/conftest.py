@@ -13,7 +13,7 @@ from fedexperts.config.load import build_config
 from fedexperts.config.schema import RunConfig
 from fedexperts.data.tinyworld import CATEGORIES, make_example
 from fedexperts.models.tiny import tiny_model
-from fedexperts.progress import QuietProgress
+from fedexperts.running.progress import QuietProgress
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"

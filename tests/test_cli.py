@@ -189,7 +189,7 @@ def ends_with(monkeypatch, error):
     def run_experiment(*arguments, **named):
         raise error
 
-    monkeypatch.setattr("fedexperts.experiment.run_experiment", run_experiment)
+    monkeypatch.setattr("fedexperts.running.experiment.run_experiment", run_experiment)
 
 
 def test_an_interrupt_says_how_to_go_on(here, monkeypatch, capsys):

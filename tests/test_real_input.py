@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from fedexperts.config.load import build_config, load_config
 from fedexperts.errors import UserError
-from fedexperts.experiment import run_experiment
-from fedexperts.export import export_client, personalised_of_run
 from fedexperts.models.tiny import tiny_model
-from fedexperts.progress import QuietProgress
 from fedexperts.run_directory import read_json
+from fedexperts.running.experiment import run_experiment
+from fedexperts.running.export import export_client, personalised_of_run
+from fedexperts.running.progress import QuietProgress
 
 DATA = os.environ.get("FEDEXPERTS_DATA", "")
 DOLLY = Path(__file__).parents[1] / "experiments" / "dolly" / "flex.toml"

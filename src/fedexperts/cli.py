@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedexperts.config.schema import RunConfig
-    from fedexperts.search import GroupSearch
+    from fedexperts.running.search import GroupSearch
 
 OK, SOME_FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes."""
@@ -39,8 +39,8 @@ def run(given: Namespace) -> int:
     else:
         config, directory = _old_run(given), given.resume
     with _told_when_interrupted(f"fedexperts run --resume {shlex.quote(str(directory))}"):
-        from fedexperts.experiment import run_experiment
-        from fedexperts.progress import choose_progress
+        from fedexperts.running.experiment import run_experiment
+        from fedexperts.running.progress import choose_progress
 
         with choose_progress(console, is_quiet=given.quiet) as progress:
             run_experiment(config, directory, progress=progress, resume=given.resume is not None)
@@ -52,8 +52,8 @@ def compare(given: Namespace) -> int:
     """Run a matrix of experiments; what has a result is skipped, what is unfinished is resumed."""
     console = _log_to_stderr(is_quiet=given.quiet)
     from fedexperts.config.matrix import load_suite
-    from fedexperts.progress import choose_progress
-    from fedexperts.suite import compare as compare_suite
+    from fedexperts.running.progress import choose_progress
+    from fedexperts.running.suite import compare as compare_suite
 
     suite = load_suite(given.suite, given.overrides)
     directory = given.to or Path("runs", suite.name)
@@ -79,8 +79,8 @@ def report(given: Namespace) -> int:
 def check(given: Namespace) -> int:
     """Say what would run (clients, parameters, bytes, memory); nothing is trained or written."""
     _log_to_stderr(is_quiet=True)
-    from fedexperts.checking import check_experiment
     from fedexperts.config.load import load_config
+    from fedexperts.running.checking import check_experiment
 
     console = _stdout()
     for part in check_experiment(load_config(given.experiment, given.overrides)).render():
@@ -110,7 +110,7 @@ def plan(given: Namespace) -> int:
 def generate(given: Namespace) -> int:
     """Let a client's personalised model answer a prompt."""
     _log_to_stderr(is_quiet=True)
-    from fedexperts.export import generate_text
+    from fedexperts.running.export import generate_text
 
     print(generate_text(given.run_dir, given.client, given.prompt, when=given.when, context=given.context))
     return OK
@@ -119,7 +119,7 @@ def generate(given: Namespace) -> int:
 def export(given: Namespace) -> int:
     """Write a client's personalised model to a folder."""
     _log_to_stderr(is_quiet=True)
-    from fedexperts.export import export_client
+    from fedexperts.running.export import export_client
 
     print(
         export_client(given.run_dir, given.client, given.to, when=given.when, as_checkpoint=given.checkpoint)

@@ -1,7 +1,7 @@
 """Degenerate cases are equalities between algorithms."""
 
-from fedexperts.experiment import run_experiment
 from fedexperts.run_directory import read_json
+from fedexperts.running.experiment import run_experiment
 
 
 def test_flex_with_a_closed_gate_is_fedavg_on_non_experts(make_config, tmp_path, quiet):

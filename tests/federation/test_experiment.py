@@ -12,13 +12,13 @@ import torch
 
 from fedexperts.config.load import resolved_toml
 from fedexperts.errors import UserError
-from fedexperts.experiment import run_experiment
 from fedexperts.federation import rounds
 from fedexperts.federation.checkpoint import load_checkpoint
 from fedexperts.federation.personal import PersonalStore, read_tensors
 from fedexperts.federation.scoring import Scorer
-from fedexperts.local import NonFiniteLossError
 from fedexperts.run_directory import RunDirectory, read_json, read_lines
+from fedexperts.running.experiment import run_experiment
+from fedexperts.training.local_steps import NonFiniteLossError
 
 METHODS = ("flex", "fedavg", "fedavg_experts", "local_only")
 
@@ -86,9 +86,9 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(stage, kept, make_config, t
     run_experiment(config, tmp_path / "whole", progress=quiet)
     places = {
         "client": ("fedexperts.federation.rounds._client_line", 4),
-        "lines": ("fedexperts.experiment.append_lines", 4),
-        "checkpoint": ("fedexperts.experiment.save_checkpoint", 3),
-        "evaluation": ("fedexperts.experiment.build_result", 1),
+        "lines": ("fedexperts.running.experiment.append_lines", 4),
+        "checkpoint": ("fedexperts.running.experiment.save_checkpoint", 3),
+        "evaluation": ("fedexperts.running.experiment.build_result", 1),
     }
     where, count = places[stage]
     module, _, name = where.rpartition(".")

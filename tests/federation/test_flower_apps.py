@@ -5,11 +5,11 @@ from flower_grid import InMemoryGrid, app_node
 
 from fedexperts.config.load import resolved_toml
 from fedexperts.errors import UserError
-from fedexperts.experiment import run_experiment
 from fedexperts.federation import flower_client
 from fedexperts.federation.flower_events import heard
 from fedexperts.federation.flower_server import serve
 from fedexperts.run_directory import RunDirectory, read_json, read_lines
+from fedexperts.running.experiment import run_experiment
 
 
 def same(run):

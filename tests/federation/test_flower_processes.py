@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from fedexperts.errors import UserError
-from fedexperts.experiment import run_experiment
 from fedexperts.federation import flower_launch
 from fedexperts.run_directory import read_json, read_lines
+from fedexperts.running.experiment import run_experiment
 
 PROGRAMS = Path(sys.executable).parent
 SLOW, WITHIN = pytest.mark.slow, pytest.mark.timeout(900)

@@ -5,11 +5,11 @@ import torch
 from test_flower_apps import run_over_grid, same
 
 from fedexperts.errors import UserError
-from fedexperts.experiment import run_experiment
-from fedexperts.export import export_client, load_personalised, personalised_of_run
 from fedexperts.federation import rounds
 from fedexperts.federation.personal import PersonalStore
 from fedexperts.run_directory import read_json, read_lines
+from fedexperts.running.experiment import run_experiment
+from fedexperts.running.export import export_client, load_personalised, personalised_of_run
 
 TWO = ("rounds=1", "algorithm.num_grafts=2")
 IDS = torch.arange(3, 40).unsqueeze(0)

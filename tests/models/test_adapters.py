@@ -23,9 +23,9 @@ from fedexperts.models.adapters import (
 )
 from fedexperts.models.groups import count_parameters, parameter_groups
 from fedexperts.models.tiny import FAMILIES, tiny_model
-from fedexperts.moe import seam
-from fedexperts.moe.graft import GraftForm, graft, grafted
-from fedexperts.moe.slots import SlotPlan, split_layer
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.graft import GraftForm, graft, grafted
+from fedexperts.moe.surgery.slots import SlotPlan, split_layer
 from fedexperts.tensors import copy_of, sha256_of
 
 TOKENS = torch.arange(3, 35).reshape(2, 16)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fedexperts.errors import UserError
 from fedexperts.models.checkpoint import Checkpoint
 from fedexperts.models.tiny import FAMILIES, tiny_model
-from fedexperts.moe import seam
+from fedexperts.moe.surgery import seam
 
 
 @pytest.mark.parametrize("family", FAMILIES)

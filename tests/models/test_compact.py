@@ -17,11 +17,11 @@ from fedexperts.models.compact import (
 )
 from fedexperts.models.plain_checkpoint import export_model
 from fedexperts.models.tiny import FAMILIES, tiny_model
-from fedexperts.moe import seam
-from fedexperts.moe.graft import GraftForm, graft
-from fedexperts.moe.low_bit import LowBitForm
-from fedexperts.moe.low_bit_bank import ExpertShapes, bank_of
-from fedexperts.moe.slots import SlotPlan
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.graft import GraftForm, graft
+from fedexperts.moe.surgery.low_bit import LowBitForm
+from fedexperts.moe.surgery.low_bit_bank import ExpertShapes, bank_of
+from fedexperts.moe.surgery.slots import SlotPlan
 
 PLANS = (
     SlotPlan(num_experts=6, kept=(1, 4), merged=((0, 5), (2, 3))),

@@ -17,7 +17,7 @@ from fedexperts.models.groups import count_parameters
 from fedexperts.models.load import ModelSettings, load_model
 from fedexperts.models.ports import register_ports
 from fedexperts.models.tiny import tiny_model
-from fedexperts.moe import seam
+from fedexperts.moe.surgery import seam
 
 
 def hidden_of(*shape: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from seated import Seated, random_tokens
 from torch import Tensor
 
-from fedexperts.moe.activations import Activations, collect_activations
+from fedexperts.moe.observing.activations import Activations, collect_activations
 
 PLENTY = 1 << 30
 

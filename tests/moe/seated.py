@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fedexperts.models.tiny import tiny_model
-from fedexperts.moe import seam
-from fedexperts.moe.seam import MoeLayer
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.seam import MoeLayer
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from fedexperts.errors import UserError
 from fedexperts.models.tiny import tiny_model
-from fedexperts.moe import seam
-from fedexperts.moe.activations import (
+from fedexperts.moe.observing.activations import (
     INDEX_FILE,
     Activations,
     LayerActivations,
     collect_activations,
     open_activations,
 )
+from fedexperts.moe.surgery import seam
 
 
 def tensors_of(layer: LayerActivations) -> dict[str, Tensor]:

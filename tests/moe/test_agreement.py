@@ -9,9 +9,9 @@ from seated import Seated, random_tokens, seat
 from torch import Tensor
 
 from fedexperts.errors import UserError
-from fedexperts.moe.agreement import RoutingRecord, record_routing, routing_agreement
-from fedexperts.moe.low_bit import LowBitForm
-from fedexperts.moe.quantize import quantized
+from fedexperts.moe.compressing.quantize import quantized
+from fedexperts.moe.observing.agreement import RoutingRecord, record_routing, routing_agreement
+from fedexperts.moe.surgery.low_bit import LowBitForm
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import torch
 from seated import Seated
 
-from fedexperts.moe.align import align_neurons, neurons, permute_neurons
-from fedexperts.moe.one_expert import run_expert
+from fedexperts.moe.compressing.align import align_neurons, neurons, permute_neurons
+from fedexperts.moe.surgery.one_expert import run_expert
 
 
 def shuffled(number, seed=0):

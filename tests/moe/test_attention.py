@@ -8,10 +8,10 @@ from torch import Tensor
 
 from fedexperts.errors import UserError
 from fedexperts.models.tiny import FAMILIES, tiny_model
-from fedexperts.moe import seam
-from fedexperts.moe.activations import collect_activations
-from fedexperts.moe.forward_pass import run_pass
-from fedexperts.moe.profile import LayerProfile, Profiler, count_tokens, profile_experts
+from fedexperts.moe.observing.activations import collect_activations
+from fedexperts.moe.observing.forward_pass import run_pass
+from fedexperts.moe.observing.profile import LayerProfile, Profiler, count_tokens, profile_experts
+from fedexperts.moe.surgery import seam
 
 WITHOUT_ATTENTION = {"jamba", "nemotron_h"}
 """In the tiny ones every MoE layer stands in a block without attention."""

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedexperts.errors import UserError
-from fedexperts.moe.budget import LEAST_VARIATION, adaptive_shares, apportion, merge_budget
+from fedexperts.moe.compressing.budget import LEAST_VARIATION, adaptive_shares, apportion, merge_budget
 
 EVEN = torch.full((8,), 5)
 SKEWED = torch.tensor([33, 1, 1, 1, 1, 1, 1, 1])

@@ -7,8 +7,15 @@ from hypothesis import strategies as st
 from seated import Seated
 
 from fedexperts.errors import UserError
-from fedexperts.moe import cluster, one_expert
-from fedexperts.moe.cluster import average_linkage, fused_kmeans, groups_of, output_vectors, weight_vectors
+from fedexperts.moe.compressing import cluster
+from fedexperts.moe.compressing.cluster import (
+    average_linkage,
+    fused_kmeans,
+    groups_of,
+    output_vectors,
+    weight_vectors,
+)
+from fedexperts.moe.surgery import one_expert
 
 
 def normal(*shape, seed=0):

@@ -8,22 +8,22 @@ from seated import Seated, assert_same_state, seat, state
 
 from fedexperts.errors import UserError
 from fedexperts.models.adapters import AdapterSettings, add_lora
-from fedexperts.moe import seam
-from fedexperts.moe.expert_lora import (
-    ExpertLoraForm,
-    add_expert_lora,
-    merge_expert_lora,
-    remove_expert_lora,
-)
-from fedexperts.moe.low_bit import LowBitForm
-from fedexperts.moe.quantize import (
+from fedexperts.moe.compressing.quantize import (
     banks_of,
     quantization_report,
     quantize_experts,
     quantized,
     restore_layers,
 )
-from fedexperts.moe.slots import SlotPlan, restore_layer, split_layer
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.expert_lora import (
+    ExpertLoraForm,
+    add_expert_lora,
+    merge_expert_lora,
+    remove_expert_lora,
+)
+from fedexperts.moe.surgery.low_bit import LowBitForm
+from fedexperts.moe.surgery.slots import SlotPlan, restore_layer, split_layer
 from fedexperts.tensors import num_bytes
 
 FORM = ExpertLoraForm(ranks={4: 2, 1: 3, 0: 1, 2: 2}, alpha=8.0)

@@ -12,8 +12,8 @@ from seated import Seated, assert_same_state, state
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fedexperts.moe import one_expert, seam
-from fedexperts.moe.graft import GraftForm, graft, grafted, ungraft
+from fedexperts.moe.surgery import one_expert, seam
+from fedexperts.moe.surgery.graft import GraftForm, graft, grafted, ungraft
 
 CHOSEN = [1, 4]
 CLOSED = {"gate_init": "zero", "gate_bias": -1e4}

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fedexperts.errors import UserError
 from fedexperts.models.tiny import tiny_model
-from fedexperts.moe import seam
-from fedexperts.moe.graft import GateMeter, GraftedExpert, GraftForm, graft, grafted, names_of_kind
-from fedexperts.moe.slots import SlotPlan, restore_layer, split_layer
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.graft import GateMeter, GraftedExpert, GraftForm, graft, grafted, names_of_kind
+from fedexperts.moe.surgery.slots import SlotPlan, restore_layer, split_layer
 from fedexperts.tensors import sha256_of
 
 CHOSEN = [1, 4]

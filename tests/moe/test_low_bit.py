@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedexperts.errors import UserError
-from fedexperts.moe.low_bit import LowBitForm, dequantize, pack, quantize, unpack
+from fedexperts.moe.surgery.low_bit import LowBitForm, dequantize, pack, quantize, unpack
 
 FORMS = st.builds(
     LowBitForm, bits=st.sampled_from([8, 4, 3, 2]), group_size=st.sampled_from([8, 16, 32, 64, 128])

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from seated import Seated, seat
 
 from fedexperts.errors import UserError
-from fedexperts.moe.low_bit import LowBitForm
-from fedexperts.moe.low_bit_bank import ExpertShapes, QuantizedBank, bank_of, load_banks, save_banks
-from fedexperts.moe.quantize import quantized_bank
-from fedexperts.moe.rows import group_rows, run_rows
+from fedexperts.moe.compressing.quantize import quantized_bank
+from fedexperts.moe.surgery.low_bit import LowBitForm
+from fedexperts.moe.surgery.low_bit_bank import ExpertShapes, QuantizedBank, bank_of, load_banks, save_banks
+from fedexperts.moe.surgery.rows import group_rows, run_rows
 
 FORM = LowBitForm(bits=4, group_size=16)
 LAYOUTS = ["qwen2_moe", "gpt_oss", "nemotron_h", "aria_text"]

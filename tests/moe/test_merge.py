@@ -11,10 +11,8 @@ from torch import Tensor
 
 from fedexperts.data.batches import Batch
 from fedexperts.errors import UserError
-from fedexperts.moe import one_expert
-from fedexperts.moe.activations import Activations, collect_activations
-from fedexperts.moe.align import permute_neurons
-from fedexperts.moe.merge import (
+from fedexperts.moe.compressing.align import permute_neurons
+from fedexperts.moe.compressing.merge import (
     MergePlan,
     MergeSettings,
     merge_group,
@@ -23,9 +21,11 @@ from fedexperts.moe.merge import (
     merged_layers,
     plan_merge,
 )
-from fedexperts.moe.merge_error import layer_error, model_error, share_of
-from fedexperts.moe.refit import refit_down
-from fedexperts.moe.slots import SlotPlan
+from fedexperts.moe.compressing.merge_error import layer_error, model_error, share_of
+from fedexperts.moe.compressing.refit import refit_down
+from fedexperts.moe.observing.activations import Activations, collect_activations
+from fedexperts.moe.surgery import one_expert
+from fedexperts.moe.surgery.slots import SlotPlan
 
 TOKENS = [torch.tensor([9, 1, 4, 0, 7, 2]), torch.tensor([3, 3, 5, 1, 0, 8])]
 ATTENTION = [torch.tensor([0.5, 2.0, 1.0, float("nan"), 1.0, 3.0]), torch.ones(6)]

@@ -11,8 +11,8 @@ from fedexperts.data.batches import Batch, make_batch
 from fedexperts.data.prompts import Encoded
 from fedexperts.errors import UserError
 from fedexperts.models.tiny import tiny_model
-from fedexperts.moe import seam
-from fedexperts.moe.profile import count_tokens
+from fedexperts.moe.observing.profile import count_tokens
+from fedexperts.moe.surgery import seam
 
 TOP_K = 2
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedexperts.moe import quadratic
-from fedexperts.moe.quadratic import (
+from fedexperts.moe.choosing import quadratic
+from fedexperts.moe.choosing.quadratic import (
     QuadraticForms,
     all_subsets,
     losses_of,

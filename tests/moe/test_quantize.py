@@ -7,11 +7,7 @@ import torch
 from seated import Seated, assert_same_state, seat, state
 
 from fedexperts.errors import UserError
-from fedexperts.moe import seam
-from fedexperts.moe.graft import GraftForm, grafted
-from fedexperts.moe.low_bit import LowBitForm
-from fedexperts.moe.low_bit_bank import load_banks, save_banks
-from fedexperts.moe.quantize import (
+from fedexperts.moe.compressing.quantize import (
     banks_of,
     install_bank,
     quantization_report,
@@ -21,7 +17,11 @@ from fedexperts.moe.quantize import (
     quantized_bank,
     restore_layers,
 )
-from fedexperts.moe.slots import SlotPlan, restore_layer, split_layer
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.graft import GraftForm, grafted
+from fedexperts.moe.surgery.low_bit import LowBitForm
+from fedexperts.moe.surgery.low_bit_bank import load_banks, save_banks
+from fedexperts.moe.surgery.slots import SlotPlan, restore_layer, split_layer
 from fedexperts.tensors import num_bytes
 
 FORM = LowBitForm(bits=8, group_size=16)

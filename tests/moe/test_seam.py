@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedexperts.errors import UserError
 from fedexperts.models.tiny import tiny_model
-from fedexperts.moe import seam
-from fedexperts.moe.graft import GraftForm, graft, grafted
-from fedexperts.moe.seam import MoeLayer
-from fedexperts.moe.slots import SlotPlan, restore_layer, split_layer
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.graft import GraftForm, graft, grafted
+from fedexperts.moe.surgery.seam import MoeLayer
+from fedexperts.moe.surgery.slots import SlotPlan, restore_layer, split_layer
 
 SMALL: dict[str, Any] = {
     "vocab_size": 128,

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fedexperts.errors import UserError
 from fedexperts.models.tiny import tiny_model
-from fedexperts.moe import seam
-from fedexperts.moe.activations import collect_activations
-from fedexperts.moe.subsets import choose_subsets, subset_losses
+from fedexperts.moe.choosing.subsets import choose_subsets, subset_losses
+from fedexperts.moe.observing.activations import collect_activations
+from fedexperts.moe.surgery import seam
 
 FAMILIES = ("qwen2_moe", "gpt_oss", "nemotron_h", "deepseek_v3")
 """Gated, biased and transposed, without a gate, and with a dense layer and a shared expert."""

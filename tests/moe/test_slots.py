@@ -11,10 +11,10 @@ from seated import Seated, assert_same_state, state
 from torch import Tensor
 
 from fedexperts.errors import UserError
-from fedexperts.moe import seam
-from fedexperts.moe.graft import GraftForm, grafted
-from fedexperts.moe.rows import group_rows
-from fedexperts.moe.slots import (
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.graft import GraftForm, grafted
+from fedexperts.moe.surgery.rows import group_rows
+from fedexperts.moe.surgery.slots import (
     SlotPlan,
     full_weights,
     has_slots,

@@ -10,17 +10,18 @@ from torch import Tensor
 
 from fedexperts.errors import UserError
 from fedexperts.models.tiny import tiny_model
-from fedexperts.moe import seam, subsets
-from fedexperts.moe.activations import LayerActivations
-from fedexperts.moe.one_expert import run_expert
-from fedexperts.moe.seam import MoeLayer
-from fedexperts.moe.subsets import (
+from fedexperts.moe.choosing import subsets
+from fedexperts.moe.choosing.subsets import (
     SubsetRule,
     choose_subset,
     choose_subsets,
     routing_weights,
     subset_losses,
 )
+from fedexperts.moe.observing.activations import LayerActivations
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.one_expert import run_expert
+from fedexperts.moe.surgery.seam import MoeLayer
 
 FAMILIES = ("qwen2_moe", "gpt_oss", "nemotron_h", "deepseek_v3", "mixtral")
 """Softmax, biased and transposed, without a gate, sigmoid with a shared expert, renormalised."""

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fedexperts.data.batches import Batch
 from fedexperts.errors import UserError
-from fedexperts.moe import one_expert, seam
-from fedexperts.moe.probe import probed_utility
-from fedexperts.moe.slots import SlotPlan, restore_layer, split_layer
-from fedexperts.moe.utility import GradientMeter, gradient_utility, run_by_rows, sample_losses
+from fedexperts.moe.observing.probe import probed_utility
+from fedexperts.moe.observing.utility import GradientMeter, gradient_utility, run_by_rows, sample_losses
+from fedexperts.moe.surgery import one_expert, seam
+from fedexperts.moe.surgery.slots import SlotPlan, restore_layer, split_layer
 
 
 def make_batch(*lengths: int, seed: int = 0) -> Batch:

@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedexperts.cli import main
-from fedexperts.costs import predict_memory
+from fedexperts.costs.round import predict_memory
 from fedexperts.errors import UserError
 from fedexperts.models.adapters import AdapterSettings, add_lora
 from fedexperts.models.shapes import SHAPES, find_shape
 from fedexperts.models.tiny import tiny_model
-from fedexperts.moe import seam
-from fedexperts.moe.graft import GraftForm, graft
-from fedexperts.moe.low_bit import LowBitForm
-from fedexperts.moe.quantize import quantize_experts, quantized_bank
-from fedexperts.moe.slots import SlotPlan, split_layer
+from fedexperts.moe.compressing.quantize import quantize_experts, quantized_bank
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.graft import GraftForm, graft
+from fedexperts.moe.surgery.low_bit import LowBitForm
+from fedexperts.moe.surgery.slots import SlotPlan, split_layer
 from fedexperts.plan.counting import PRECISIONS, Counter, build, describe_experts
 from fedexperts.plan.fitting import least_bytes, precisions_that_fit, slots_that_fit, total_bytes
 from fedexperts.plan.report import make_plan

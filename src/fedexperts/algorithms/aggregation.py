@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fedexperts.algorithms.api import Client, ServerState
 from fedexperts.errors import UserError
 from fedexperts.messages import Upload
-from fedexperts.moe import seam
+from fedexperts.moe.surgery import seam
 from fedexperts.tensors import Tensors, WeightedMean, copy_of, is_finite
 
 

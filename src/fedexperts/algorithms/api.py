@@ -7,11 +7,11 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from fedexperts.data.batches import Batch
-from fedexperts.local import TrainingSettings, learning_rate_share
 from fedexperts.messages import Upload
-from fedexperts.moe.seam import MoeLayer
+from fedexperts.moe.surgery.seam import MoeLayer
 from fedexperts.seeds import derive_seed
 from fedexperts.tensors import Tensors
+from fedexperts.training.local_steps import TrainingSettings, learning_rate_share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,10 @@ from torch import Tensor
 from fedexperts.algorithms.aggregation import average, current, load_tensors, upload_of
 from fedexperts.algorithms.api import Client, ModelParts, ServerState
 from fedexperts.errors import UserError
-from fedexperts.local import ParameterGroup, local_steps
 from fedexperts.messages import Upload
-from fedexperts.moe import seam
+from fedexperts.moe.surgery import seam
 from fedexperts.tensors import Tensors
+from fedexperts.training.local_steps import ParameterGroup, local_steps
 
 
 @dataclass(frozen=True, kw_only=True)

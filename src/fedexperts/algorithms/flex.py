@@ -16,14 +16,14 @@ from torch import Tensor
 from fedexperts.algorithms.aggregation import average, current, load_tensors, upload_of
 from fedexperts.algorithms.api import Client, ModelParts, ServerState
 from fedexperts.errors import UserError
-from fedexperts.local import LocalResult, ParameterGroup, local_steps
 from fedexperts.messages import Upload
-from fedexperts.moe import graft as grafting
-from fedexperts.moe import seam
-from fedexperts.moe.graft import GateMeter, GraftForm
-from fedexperts.moe.seam import MoeLayer
-from fedexperts.moe.subsets import LARGEST, choose_subsets
+from fedexperts.moe.choosing.subsets import LARGEST, choose_subsets
+from fedexperts.moe.surgery import graft as grafting
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.graft import GateMeter, GraftForm
+from fedexperts.moe.surgery.seam import MoeLayer
 from fedexperts.tensors import Tensors
+from fedexperts.training.local_steps import LocalResult, ParameterGroup, local_steps
 
 CHOSEN = "chosen_experts"
 """Personal tensor: the copied expert of each MoE layer, int64 (L,), or (L, num_grafts) with several."""

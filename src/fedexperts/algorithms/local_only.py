@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fedexperts.algorithms.aggregation import current, load_tensors
 from fedexperts.algorithms.api import Client, ModelParts, ServerState
-from fedexperts.local import ParameterGroup, local_steps
 from fedexperts.messages import Upload
 from fedexperts.tensors import Tensors
+from fedexperts.training.local_steps import ParameterGroup, local_steps
 
 
 @dataclass(frozen=True, kw_only=True)

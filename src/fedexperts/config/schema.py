@@ -10,9 +10,9 @@ from fedexperts.errors import UserError
 from fedexperts.evaluation.settings import EvaluationSettings
 from fedexperts.federation.cohort import CohortSettings
 from fedexperts.federation.transport import TransportSettings
-from fedexperts.local import TrainingSettings
 from fedexperts.models.adapters import AdapterSettings
 from fedexperts.models.load import ModelSettings
+from fedexperts.training.local_steps import TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)

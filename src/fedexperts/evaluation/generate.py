@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fedexperts.errors import UserError
-from fedexperts.moe.forward_pass import evaluation_mode
+from fedexperts.moe.observing.forward_pass import evaluation_mode
 
 _KEPT_SHARE = 0.75
 """Ended rows are taken out of batch and cache once no more than this share goes on; each time is a copy."""

@@ -13,7 +13,7 @@ from torch.nn import functional
 from fedexperts.data.batches import IGNORED_LABEL, Batch, sequential_batches
 from fedexperts.data.prompts import Encoded
 from fedexperts.errors import UserError
-from fedexperts.moe.forward_pass import evaluation_mode
+from fedexperts.moe.observing.forward_pass import evaluation_mode
 
 _CHUNK_BYTES = 2**26
 """Logits are turned into float32 in pieces of about this size, as those of a whole batch may not fit."""

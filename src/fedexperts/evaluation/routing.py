@@ -1,7 +1,7 @@
 """How evenly, and how differently, experts are used: figures of tokens per expert.
 
 A *table* is a list by MoE layer of lists by expert of numbers of tokens, as
-:func:`fedexperts.moe.profile.count_tokens` gives them. Nothing here needs torch. Layers count alike: each
+``count_tokens`` gives them. Nothing here needs torch. Layers count alike: each
 figure is taken within a layer, and the mean over layers is returned.
 """
 

@@ -16,14 +16,14 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedexperts.config.load import build_config, config_sha256
-from fedexperts.costs import Stopwatch
+from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.errors import UserError
 from fedexperts.federation.flower_transport import IDENTIFY
 from fedexperts.federation.personal import PersonalStore
 from fedexperts.federation.runtime import ClientRuntime
 from fedexperts.federation.wire import pack, unpack
 from fedexperts.messages import Upload, decode_download, encode_upload
-from fedexperts.workbench import Workbench, open_workbench
+from fedexperts.running.workbench import Workbench, open_workbench
 
 app = ClientApp()
 

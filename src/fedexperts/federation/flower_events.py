@@ -5,7 +5,7 @@ import logging
 from functools import partial
 from typing import Any
 
-from fedexperts.progress import Progress, QuietProgress
+from fedexperts.running.progress import Progress, QuietProgress
 
 MARK = "fedexperts-event "
 """What an event's line begins with; Flower carries the log, line by line, and looks into none."""

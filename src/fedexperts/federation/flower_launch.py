@@ -28,8 +28,8 @@ from fedexperts.config.schema import RunConfig
 from fedexperts.data.federated import load_federated_data
 from fedexperts.errors import UserError
 from fedexperts.federation.flower_events import FAILED, RELAYED, WARNED, heard
-from fedexperts.progress import Progress
 from fedexperts.run_directory import RunDirectory, read_json, write_atomically
+from fedexperts.running.progress import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -9,15 +9,15 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedexperts.config.load import build_config, config_sha256
 from fedexperts.config.schema import RunConfig
-from fedexperts.costs import Stopwatch
+from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.data.federated import no_data
-from fedexperts.environment import describe_environment
 from fedexperts.errors import UserError
-from fedexperts.experiment import ServerRun, device_of
 from fedexperts.federation.flower_events import FAILED, WarningsSaid, said_progress, say
 from fedexperts.federation.flower_transport import FlowerTransport
 from fedexperts.run_directory import RunDirectory, write_json
-from fedexperts.workbench import open_workbench, personal_store
+from fedexperts.running.environment import describe_environment
+from fedexperts.running.experiment import ServerRun, device_of
+from fedexperts.running.workbench import open_workbench, personal_store
 
 # Flower looks for this assignment in the source, and takes no annotated one.
 app = ServerApp()

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedexperts.algorithms.aggregation import check_upload
 from fedexperts.algorithms.api import Algorithm, ServerState
-from fedexperts.costs import PredictedBytes
+from fedexperts.costs.round import PredictedBytes
 from fedexperts.errors import UserError
 from fedexperts.federation.cohort import CohortSettings, draw_cohort
 from fedexperts.federation.transport import Delivery, Transport

@@ -16,11 +16,11 @@ from fedexperts.errors import UserError
 from fedexperts.evaluation.settings import EvaluationSettings
 from fedexperts.federation.personal import PersonalStore
 from fedexperts.federation.scoring import Scorer
-from fedexperts.local import TrainingSettings
 from fedexperts.messages import Download, Upload
-from fedexperts.moe.graft import ungraft
+from fedexperts.moe.surgery.graft import ungraft
 from fedexperts.seeds import derive_random
 from fedexperts.tensors import Tensors, sha256_of
+from fedexperts.training.local_steps import TrainingSettings
 
 _NUM_ENCODED_CLIENTS = 8
 

@@ -12,7 +12,7 @@ from fedexperts.evaluation.examples import evaluate_examples
 from fedexperts.evaluation.multiple_choice import score_exam
 from fedexperts.federation.personal import write_tensors
 from fedexperts.messages import Download, Upload
-from fedexperts.moe.profile import count_tokens
+from fedexperts.moe.observing.profile import count_tokens
 from fedexperts.run_directory import write_json
 from fedexperts.tensors import Tensors, sha256_of
 

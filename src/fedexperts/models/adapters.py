@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fedexperts.errors import UserError
 from fedexperts.models.groups import attention_blocks, is_inside
-from fedexperts.moe import seam
+from fedexperts.moe.surgery import seam
 from fedexperts.seeds import derive_seed
 from fedexperts.tensors import Tensors, copy_of
 

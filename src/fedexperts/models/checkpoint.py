@@ -29,8 +29,8 @@ from transformers.core_model_loading import (
 
 from fedexperts.errors import UserError
 from fedexperts.models.ports import register_ports
-from fedexperts.moe import seam
-from fedexperts.moe.seam import MoeLayer
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.seam import MoeLayer
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"

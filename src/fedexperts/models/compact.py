@@ -1,6 +1,6 @@
 """Models in which experts share slots: from disk, in place, and back again.
 
-A compact model (:mod:`fedexperts.moe.slots`) keeps some experts and merges the others into few. Made straight
+A compact model (``slots.py``) keeps some experts and merges the others into few. Made straight
 from disk it never holds more than itself and one expert: transformers loads everything but the routed
 experts, whose fused parameters are made empty beforehand, and the slots are filled one expert at a time.
 """
@@ -15,12 +15,12 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from fedexperts.errors import UserError
 from fedexperts.models.checkpoint import Checkpoint
-from fedexperts.moe import seam
-from fedexperts.moe.low_bit import LowBitForm
-from fedexperts.moe.low_bit_bank import ExpertShapes, QuantizedBank
-from fedexperts.moe.merge import merge_weights
-from fedexperts.moe.seam import MoeLayer
-from fedexperts.moe.slots import (
+from fedexperts.moe.compressing.merge import merge_weights
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.low_bit import LowBitForm
+from fedexperts.moe.surgery.low_bit_bank import ExpertShapes, QuantizedBank
+from fedexperts.moe.surgery.seam import MoeLayer
+from fedexperts.moe.surgery.slots import (
     SlotPlan,
     install_slots,
     refuse_another_plan,

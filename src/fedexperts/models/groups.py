@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from fedexperts.moe import seam
+from fedexperts.moe.surgery import seam
 
 GROUPS = (
     "embeddings",

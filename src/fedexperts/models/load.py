@@ -17,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 from fedexperts.errors import UserError
 from fedexperts.models.ports import register_ports
 from fedexperts.models.tiny import FAMILIES, tiny_model
-from fedexperts.moe import seam
-from fedexperts.moe.seam import MoeLayer
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.seam import MoeLayer
 from fedexperts.seeds import derive_seed
 from fedexperts.tensors import first_non_finite
 

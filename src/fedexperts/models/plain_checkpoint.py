@@ -18,8 +18,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from fedexperts.errors import UserError
-from fedexperts.moe import seam
-from fedexperts.moe.slots import full_weights
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.slots import full_weights
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from fedexperts.algorithms.api import Algorithm, ModelParts, ServerState
 from fedexperts.algorithms.fedavg import FedAvg, FedAvgExperts
 from fedexperts.algorithms.flex import Flex
 from fedexperts.algorithms.local_only import LocalOnly
-from fedexperts.costs import (
+from fedexperts.costs.round import (
     ADAM_BYTES,
     PredictedBytes,
     PredictedMemory,
@@ -27,12 +27,12 @@ from fedexperts.costs import (
 from fedexperts.errors import UserError
 from fedexperts.models.adapters import ATTENTION, AdapterSettings, add_lora, find_targets
 from fedexperts.models.groups import count_parameters
-from fedexperts.moe import seam
-from fedexperts.moe.graft import graft
-from fedexperts.moe.low_bit import LowBitForm
-from fedexperts.moe.low_bit_bank import ExpertShapes, QuantizedBank
-from fedexperts.moe.seam import MoeLayer
-from fedexperts.moe.slots import SlotPlan, install_slots
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.graft import graft
+from fedexperts.moe.surgery.low_bit import LowBitForm
+from fedexperts.moe.surgery.low_bit_bank import ExpertShapes, QuantizedBank
+from fedexperts.moe.surgery.seam import MoeLayer
+from fedexperts.moe.surgery.slots import SlotPlan, install_slots
 from fedexperts.plan.settings import PlanSettings
 from fedexperts.tensors import num_bytes
 

@@ -4,12 +4,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from fedexperts.dry_run import BatchShape
+from fedexperts.costs.dry_run import BatchShape
 from fedexperts.errors import UserError
-from fedexperts.local import TrainingSettings
 from fedexperts.models.adapters import AdapterSettings
 from fedexperts.models.load import Dtype
-from fedexperts.moe.graft import GraftForm
+from fedexperts.moe.surgery.graft import GraftForm
+from fedexperts.training.local_steps import TrainingSettings
 
 Method = Literal["flex", "flux", "fedavg", "fedavg_experts", "local_only"]
 METHODS: tuple[str, ...] = get_args(Method)

@@ -14,7 +14,7 @@ from fedexperts.evaluation.multiple_choice import score_exam
 from fedexperts.evaluation.routing import shares, total_variation
 from fedexperts.evaluation.settings import EvaluationSettings
 from fedexperts.models.load import LoadedModel, ModelSettings, load_model
-from fedexperts.moe.profile import count_tokens
+from fedexperts.moe.observing.profile import count_tokens
 from fedexperts.seeds import derive_random
 
 _BATCH = 64

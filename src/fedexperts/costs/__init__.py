@@ -1,0 +1,1 @@
+"""Predict bytes and memory of a round before it is run."""

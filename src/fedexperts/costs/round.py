@@ -1,0 +1,88 @@
+"""Predict the bytes and the memory of a client's round before it is run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedexperts.algorithms.api import Algorithm, ModelParts, ServerState
+from fedexperts.costs.dry_run import BatchShape, peak_of_local_steps
+from fedexperts.messages import predict_bytes
+from fedexperts.tensors import num_bytes
+from fedexperts.training.local_steps import TrainingSettings
+
+ADAM_BYTES = 2
+"""AdamW keeps two numbers for each trained one, of the parameter's own dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedBytes:
+    """Size of one client's messages in one round, to the byte."""
+
+    upload: int
+    download: int
+
+
+def predict_round(algorithm: Algorithm, state: ServerState, parts: ModelParts) -> PredictedBytes:
+    """What one client will send and receive in a round, from names, shapes and dtypes alone."""
+    upload = {name: state.tensors[name] for name in algorithm.upload_names(parts)}
+    return PredictedBytes(
+        upload=predict_bytes(upload, is_upload=True),
+        download=predict_bytes(algorithm.download(state, "any"), is_upload=False),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedMemory:
+    """Bytes of tensors at the fullest moment of a client's turn, by what they hold.
+
+    The process itself, and what allocators keep of freed memory, come on top (docs/planning.md).
+    """
+
+    weights: int
+    """Parameters and buffers of the model, whatever trains."""
+    gradients: int
+    optimizer: int
+    activations: int
+    """All else that lives then: what the backward pass keeps of one batch, and values on their way."""
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def predict_memory(
+    model: Any, trained: Sequence[str], shape: BatchShape, settings: TrainingSettings
+) -> PredictedMemory:
+    """Memory of local steps with the model as it stands, grafts and slots included; nothing is computed.
+
+    Args:
+        model: a language model in the seat; its tensors may be on the meta device.
+        trained: names of the parameters that local steps train.
+        shape: of the fullest batch.
+        settings: the section ``[training]``.
+    """
+    without = memory_before_activations(model, trained)
+    peak = peak_of_local_steps(model, trained, shape, settings)
+    return replace(without, activations=max(0, peak - without.gradients - without.optimizer))
+
+
+def memory_before_activations(model: Any, trained: Sequence[str]) -> PredictedMemory:
+    """What of :func:`predict_memory` does not depend on the batch; its activations are 0."""
+    wanted = set(trained)
+    gradients = num_bytes({name: p for name, p in model.named_parameters() if name in wanted})
+    held = (*model.parameters(), *model.buffers())
+    return PredictedMemory(
+        weights=sum(tensor.numel() * tensor.element_size() for tensor in held),
+        gradients=gradients,
+        optimizer=ADAM_BYTES * gradients,
+        activations=0,
+    )
+
+
+def parameter_table(parts: ModelParts, groups: Mapping[str, str]) -> dict[str, int]:
+    """Number of parameters by group, where ``groups`` gives each parameter's."""
+    table: dict[str, int] = {}
+    for name, parameter in parts.model.named_parameters():
+        table[groups[name]] = table.get(groups[name], 0) + parameter.numel()
+    return table

@@ -1,0 +1,1 @@
+"""Choose experts that stand in for a layer."""

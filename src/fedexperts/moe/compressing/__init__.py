@@ -1,0 +1,1 @@
+"""Compress experts: budgets, clusters, merging, quantisation."""

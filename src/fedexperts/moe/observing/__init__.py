@@ -1,0 +1,1 @@
+"""Observe what runs: routing, attention received, activations, gradients."""

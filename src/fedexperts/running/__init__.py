@@ -1,0 +1,1 @@
+"""Run experiments: join the parts, check, compare, export."""

@@ -1,0 +1,194 @@
+"""What a run would do, before it is run: clients, parameters, bytes and memory."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedexperts.config.schema import RunConfig
+from fedexperts.costs.dry_run import BatchShape
+from fedexperts.costs.round import PredictedBytes, PredictedMemory, predict_memory, predict_round
+from fedexperts.costs.stopwatch import Stopwatch
+from fedexperts.data.batches import BatchCounts, encode_all
+from fedexperts.data.prompts import Encoded
+from fedexperts.data.split import SPLITS
+from fedexperts.data.table import LabelRow, label_table
+from fedexperts.federation.cohort import draw_cohort
+from fedexperts.federation.personal import PersonalStore
+from fedexperts.moe.surgery import seam
+from fedexperts.running.result import describe_parameters
+from fedexperts.running.workbench import Workbench, open_workbench
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientFacts:
+    """One client's row."""
+
+    row: LabelRow
+    """Who it is, the sizes of its splits, and its labels."""
+    counts: BatchCounts
+    """Of its training examples: tokens, labels, truncated, without label."""
+    fullest_batch: BatchShape
+    """No batch that it draws is longer or has more labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckReport:
+    """Everything that ``fedexperts check`` shows."""
+
+    clients: tuple[ClientFacts, ...]
+    cohort_size: int
+    num_rounds: int
+    parameters: dict[str, int]
+    """By group, then ``travelling``, ``personal`` and ``trained``."""
+    bytes: PredictedBytes
+    """Per client and round."""
+    memory: PredictedMemory
+    """Of one client's turn."""
+
+    def render(self) -> list[RenderableType]:
+        """Tables for a terminal."""
+        return [self._client_table(), self._parameter_table(), self._cost_table()]
+
+    def _client_table(self) -> Table:
+        labels = list(self.clients[0].row.labels)
+        table = Table(
+            "client", "name", *SPLITS, "cut", "no label", *labels, title="Clients and their examples"
+        )
+        for column in table.columns[2:]:
+            column.justify = "right"
+        largest = max((count for facts in self.clients for count in facts.row.labels.values()), default=1)
+        for facts in self.clients:
+            table.add_row(
+                facts.row.client_id,
+                facts.row.name,
+                *(str(getattr(facts.row, f"num_{split}")) for split in SPLITS),
+                _warned(facts.counts.num_truncated),
+                _warned(facts.counts.num_without_label),
+                *(_shaded(facts.row.labels[label], largest) for label in labels),
+            )
+        return table
+
+    def _parameter_table(self) -> Table:
+        table = Table("parameters", "number", "share", title="Parameters of the model as a client has it")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        roles = ("trained", "travelling", "personal")
+        total = sum(count for group, count in self.parameters.items() if group not in roles)
+        groups = [(name, count) for name, count in self.parameters.items() if count or name in roles]
+        for name, count in groups:
+            if name == "travelling":
+                table.add_section()
+            table.add_row(name, f"{count:,}", f"{count / total:.2%}")
+        return table
+
+    def _cost_table(self) -> Table:
+        note = "memory is that of tensors; a process and its allocator take more (docs/planning.md)"
+        table = Table("predicted", "amount", title="Bytes and memory", caption=note)
+        table.columns[1].justify = "right"
+        exchanges = self.cohort_size * self.num_rounds
+        table.add_row("upload, one client, one round", f"{self.bytes.upload:,} bytes")
+        table.add_row("download, one client, one round", f"{self.bytes.download:,} bytes")
+        table.add_row(
+            f"both, {self.cohort_size} clients, {self.num_rounds} rounds",
+            f"{(self.bytes.upload + self.bytes.download) * exchanges:,} bytes",
+        )
+        table.add_section()
+        for name in ("weights", "gradients", "optimizer", "activations", "total"):
+            about = "about " if name in ("activations", "total") else ""
+            table.add_row(f"memory: {name}", f"{about}{getattr(self.memory, name) / 2**20:,.1f} MiB")
+        return table
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {
+            "clients": {
+                facts.row.client_id: {
+                    "name": facts.row.name,
+                    "train": facts.row.num_train,
+                    "validation": facts.row.num_validation,
+                    "test": facts.row.num_test,
+                    "labels": facts.row.labels,
+                    "num_truncated": facts.counts.num_truncated,
+                    "num_without_label": facts.counts.num_without_label,
+                }
+                for facts in self.clients
+            },
+            "cohort_size": self.cohort_size,
+            "rounds": self.num_rounds,
+            "parameters": self.parameters,
+            "bytes_per_client_and_round": {"upload": self.bytes.upload, "download": self.bytes.download},
+            "memory_bytes": {
+                "weights": self.memory.weights,
+                "gradients": self.memory.gradients,
+                "optimizer": self.memory.optimizer,
+                "activations": self.memory.activations,
+                "total": self.memory.total,
+            },
+        }
+
+
+def check_experiment(config: RunConfig) -> CheckReport:
+    """Load data and model as the run would, train nothing, write nothing.
+
+    Raises:
+        UserError: whatever would stop the run at its start.
+    """
+    with open_workbench(config, Stopwatch()) as bench:
+        clients = tuple(_facts(bench, row) for row in label_table(bench.data))
+        cohort = draw_cohort(bench.data.client_ids, config.cohort, config.seed, 1)
+        runtime = bench.runtime(PersonalStore(Path(os.devnull)))
+        state = bench.algorithm.init(bench.parts)
+        with runtime.preview():
+            return CheckReport(
+                clients=clients,
+                cohort_size=len(cohort),
+                num_rounds=config.rounds,
+                parameters=describe_parameters(bench.algorithm, bench.parts),
+                bytes=predict_round(bench.algorithm, state, bench.parts),
+                memory=_memory(bench, clients),
+            )
+
+
+def _facts(bench: Workbench, row: LabelRow) -> ClientFacts:
+    encoded, counts = encode_all(bench.format, bench.data.examples(row.client_id, "train"))
+    return ClientFacts(
+        row=row, counts=counts, fullest_batch=_fullest_batch(encoded, bench.config.training.batch_size)
+    )
+
+
+def _fullest_batch(encoded: Sequence[Encoded], batch_size: int) -> BatchShape:
+    labels = sorted((each.num_labels for each in encoded), reverse=True)
+    return BatchShape(
+        examples=batch_size,
+        length=max((len(each.input_ids) for each in encoded), default=1),
+        labels=max(1, sum(islice(cycle(labels or [0]), batch_size))),
+    )
+
+
+def _memory(bench: Workbench, clients: tuple[ClientFacts, ...]) -> PredictedMemory:
+    names = (*bench.algorithm.upload_names(bench.parts), *bench.algorithm.personal_names(bench.parts))
+    return predict_memory(
+        bench.parts.model,
+        sorted(seam.fused_names(names)),
+        max((facts.fullest_batch for facts in clients), key=lambda shape: (shape.length, shape.labels)),
+        bench.config.training,
+    )
+
+
+def _warned(count: int) -> Text:
+    return Text(str(count), style="bold yellow" if count else "dim")
+
+
+def _shaded(count: int, largest: int) -> Text:
+    """A cell of the heat map: the darker, the more examples."""
+    share = count / largest
+    red, green, blue = (round(255 - (255 - full) * share) for full in (12, 83, 148))
+    ink = "white" if share > 0.5 else "black"
+    return Text(f"{count:>4} ", style=f"{ink} on rgb({red},{green},{blue})")

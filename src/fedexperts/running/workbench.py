@@ -1,0 +1,102 @@
+"""A run's parts, joined: data, model, algorithm and the runtime on which clients take turns."""
+
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from fedexperts.algorithms.api import Algorithm, ModelParts
+from fedexperts.config.load import config_sha256
+from fedexperts.config.schema import RunConfig
+from fedexperts.costs.stopwatch import Stopwatch
+from fedexperts.data.examples import Question
+from fedexperts.data.federated import FederatedData, load_federated_data
+from fedexperts.data.prompts import PromptFormat
+from fedexperts.evaluation.multiple_choice import load_exam
+from fedexperts.federation.personal import PersonalStore
+from fedexperts.federation.runtime import ClientRuntime, RuntimeSettings, Watcher
+from fedexperts.models.adapters import add_lora
+from fedexperts.models.load import load_model
+from fedexperts.seeds import derive_seed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workbench:
+    """Everything that a run needs but its progress."""
+
+    config: RunConfig
+    parts: ModelParts
+    format: PromptFormat
+    data: FederatedData
+    algorithm: Algorithm
+    questions: tuple[Question, ...]
+
+    def runtime(self, store: PersonalStore, watcher: Watcher | None = None) -> ClientRuntime:
+        """A runtime for the clients of this workbench's data."""
+        settings = RuntimeSettings(
+            seed=self.config.seed,
+            num_rounds=self.config.rounds,
+            config_sha256=config_sha256(self.config),
+            training=self.config.training,
+            evaluation=self.config.evaluation,
+        )
+        return ClientRuntime(
+            self.parts,
+            self.format,
+            self.data,
+            self.algorithm,
+            settings,
+            store,
+            questions=self.questions,
+            watcher=watcher,
+        )
+
+
+def build_parts(config: RunConfig) -> tuple[ModelParts, Any]:
+    """The model with LoRA at its start, and its tokenizer; also sets torch's threads and global seeds.
+
+    The global seeds are a belt for code of others: nothing of ours draws from them.
+    """
+    torch.set_num_threads(config.threads)
+    set_seed(derive_seed(config.seed, "global") % 2**32)
+    random.seed(derive_seed(config.seed, "global"))
+    loaded = load_model(config.model, config.seed)
+    lora_names = add_lora(loaded.model, config.adapter, config.seed)
+    parts = ModelParts(model=loaded.model, layers=loaded.layers, lora_names=lora_names)
+    return parts, loaded.tokenizer
+
+
+@contextmanager
+def open_workbench(
+    config: RunConfig, stopwatch: Stopwatch, *, data: FederatedData | None = None
+) -> Iterator[Workbench]:
+    """Load data, unless it is given, and model; the spooled examples are deleted at the end."""
+    with stopwatch.phase("data"):
+        data = load_federated_data(config.data, config.seed) if data is None else data
+    with data:
+        with stopwatch.phase("model"):
+            parts, tokenizer = build_parts(config)
+        format = PromptFormat(tokenizer, config.data.template, config.data.max_tokens)
+        yield Workbench(
+            config=config,
+            parts=parts,
+            format=format,
+            data=data,
+            algorithm=config.algorithm,
+            questions=tuple(
+                load_exam(config.evaluation.exam, data_source=config.data.source, seed=config.seed)
+            ),
+        )
+
+
+def personal_store(run_directory: Path) -> PersonalStore:
+    """Where a simulated run keeps its clients' personal tensors."""
+    return PersonalStore(run_directory / "clients")

@@ -1,0 +1,1 @@
+"""Train a model on one client's batches."""

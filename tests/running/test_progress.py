@@ -1,0 +1,119 @@
+"""Progress: bars in a terminal, plain lines elsewhere, nothing when quiet."""
+
+import io
+import logging
+
+import pytest
+from rich.console import Console
+
+from fedexperts.running.progress import (
+    PlainProgress,
+    QuietProgress,
+    RichProgress,
+    choose_progress,
+    describe_round,
+)
+
+SUMMARY = {
+    "round": 2,
+    "train_loss": 1.23456,
+    "upload_bytes": 40_000,
+    "num_failed": 1,
+    "evaluation": {"rougeL_after": 0.5, "exam_global": 0.995},
+    "seconds": {"train": 1.0, "total": 4.25},
+}
+
+
+def play(progress):
+    """A short run, as an experiment tells it."""
+    with progress:
+        progress.phase("loading")
+        progress.start(3, first_round=2)
+        for round in (2, 3):
+            progress.round_started(round, 2)
+            for client_id in ("client-000", "client-001"):
+                progress.client_started(client_id, 2)
+                progress.step_done(2.0)
+                progress.step_done(1.0)
+                progress.client_done(client_id)
+            progress.round_finished(round, SUMMARY)
+        progress.phase("evaluating 2 clients")
+        progress.advance_phase(1, 2)
+        progress.message("[done]")
+
+
+def test_plain_progress_is_one_line_a_round_and_one_a_phase(caplog):
+    with caplog.at_level(logging.INFO, logger="fedexperts"):
+        play(PlainProgress("flex"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "flex: loading",
+        "flex: goes on with round 2 of 3",
+        f"flex: round 2/3  {describe_round(SUMMARY)}",
+        f"flex: round 3/3  {describe_round(SUMMARY)}",
+        "flex: evaluating 2 clients",
+        "flex: [done]",
+    ]
+
+
+def test_quiet_progress_says_nothing(caplog, capsys):
+    with caplog.at_level(logging.INFO):
+        play(QuietProgress())
+    assert caplog.records == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_bars_show_round_client_and_step():
+    progress = RichProgress(terminal(), "flex")
+    progress.start(3, first_round=2)
+    progress.round_started(2, 4)
+    progress.client_started("client-000", 5)
+    progress.step_done(2.0)
+    rounds, clients, steps = screen(progress)
+    assert rounds.startswith("flex rounds")
+    assert "1/3" in rounds
+    assert clients.startswith("clients")
+    assert "0/4" in clients
+    assert steps.startswith("client-000")
+    assert "1/5" in steps
+    assert steps.endswith("loss 2.000")
+
+
+def test_bars_make_room_for_a_phase():
+    progress = RichProgress(terminal())
+    progress.start(1)
+    progress.round_started(1, 2)
+    progress.client_started("client-000", 5)
+    progress.phase("evaluating 2 clients")
+    progress.advance_phase(1, 2)
+    assert [row.partition("  ")[0] for row in screen(progress)] == ["rounds", "evaluating 2 clients"]
+
+
+def test_a_message_stays_above_the_bars_as_it_is():
+    console = terminal()
+    play(RichProgress(console))
+    assert "[done]" in console.file.getvalue()
+
+
+def terminal():
+    return Console(file=io.StringIO(), force_terminal=True, width=160, color_system=None)
+
+
+def screen(progress):
+    """The rows of bars at this moment."""
+    console = Console(file=io.StringIO(), width=160, color_system=None)
+    console.print(progress._bars.get_renderable())
+    return [row.strip() for row in console.file.getvalue().splitlines()]
+
+
+def test_a_round_is_described_by_what_its_line_has():
+    assert describe_round(SUMMARY) == "loss 1.235  ROUGE-L 0.500  exam 99.5%  up 40.0 kB  1 failed  4.2 s"
+    assert describe_round({"train_loss": None, "upload_bytes": 0}) == "up 0 bytes"
+
+
+@pytest.mark.parametrize(
+    ("is_quiet", "is_terminal", "kind"),
+    [(True, True, QuietProgress), (False, True, RichProgress), (False, False, PlainProgress)],
+)
+def test_the_console_decides_the_kind(is_quiet, is_terminal, kind):
+    console = Console(file=io.StringIO(), force_terminal=is_terminal)
+    assert type(choose_progress(console, is_quiet=is_quiet)) is kind
