@@ -16,18 +16,35 @@ def num_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def copy_of(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Detached copies in main memory, contiguous."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    """Return detached copies in main memory, contiguous; tensors on the meta device stay there."""
+    return {
+        name: tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in tensors.items()
+    }
 
 
-def sha256_of(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of names, dtypes, shapes and bits, in the order of names."""
+def sha256_of(*groups: Mapping[str, Tensor]) -> str:
+    """Hash names, dtypes, shapes and bits, group by group and in the order of names."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    for tensors in groups:
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().cpu().contiguous()
+            digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Return tensors of the same shapes and dtypes without values, on the meta device."""
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+
+
+def equal_bits(one: Tensor, other: Tensor) -> bool:
+    """Return whether dtype, shape and every bit are the same; NaN equals itself."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    bits = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(*bits)
 
 
 def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -1,13 +1,14 @@
 """Algorithms by name."""
 
 from fedexperts.algorithms.api import Algorithm
-from fedexperts.algorithms.fedavg import FedAvg, FedAvgExperts
+from fedexperts.algorithms.fedavg import FedAvg
 from fedexperts.algorithms.flex import Flex
 from fedexperts.algorithms.local_only import LocalOnly
+from fedexperts.algorithms.presets import preset
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "fedavg": FedAvg,
-    "fedavg_experts": FedAvgExperts,
+    "fedavg_experts": preset(FedAvg, "FedAvg with all routed experts", experts=True),
     "flex": Flex,
     "local_only": LocalOnly,
 }

@@ -1,17 +1,27 @@
-"""What an algorithm is: four functions and its hyperparameters."""
+"""A federated algorithm: its two halves, its hyperparameters, and the typed state between them.
+
+:class:`Algorithm` is FedAvg of the tensors that :meth:`Algorithm.shared_names` names. An algorithm overrides
+the steps in which it differs (docs/design/0006-protocol.md says why there is a base class).
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import Tensor, nn
 
 from fedexperts.data.batches import Batch
-from fedexperts.messages import Upload
+from fedexperts.errors import UserError
+from fedexperts.messages import Expected, Sent, Upload
+from fedexperts.models.adapters import AdapterSettings
+from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.seam import MoeLayer
+from fedexperts.moe.surgery.undo import Originals
 from fedexperts.seeds import derive_seed
-from fedexperts.tensors import Tensors
-from fedexperts.training.local_steps import TrainingSettings, learning_rate_share
+from fedexperts.tensors import Tensors, WeightedMean, equal_bits, shapes_of
+from fedexperts.training.local_steps import Correction, LocalResult, local_steps
+from fedexperts.training.optimizers import OptimizerState, ParameterGroup
+from fedexperts.training.settings import TrainingSettings, learning_rate_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,22 +31,41 @@ class ModelParts:
     model: nn.Module
     layers: tuple[MoeLayer, ...]
     lora_names: tuple[str, ...]
-    """LoRA parameters on non-expert modules."""
+    """LoRA parameters on non-expert modules, A and B in turns."""
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    """The form of that LoRA."""
+    originals: Originals | None = None
+    """The pretrained experts on disk; None for a model that was made in memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientFacts:
+    """Facts about a client that the server knows before the first round."""
+
+    client_id: str
+    num_train: int
+    """Training examples, those included that turn out to have no label."""
+    memory_bytes: int = 0
+    """Memory of the client's device; 0 for no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Client:
-    """One client's turn: the model, handed over clean, and what the client may do with its data."""
+    """One client's turn: the model, handed over as it was loaded, and access to the client's data."""
 
     client_id: str
-    round: int
+    round_number: int
     num_rounds: int
     seed: int
     """The run's seed; purposes are derived from it by name."""
+    purpose: Literal["train", "evaluate"] = "train"
+    """``evaluate``: the same turn, whose upload and kept tensors are thrown away after scoring."""
     parts: ModelParts
     training: TrainingSettings
     num_train: int
-    """Training examples of this client: its weight in a mean by data."""
+    """Training examples with a label: the client's weight in a mean by data."""
+    memory_bytes: int = 0
+    """Memory of the client's device; 0 for no limit."""
     draw_batches: Callable[[], list[Batch]]
     """This round's training batches: the same at every call."""
     calibration_batches: Callable[[int], list[Batch]]
@@ -45,53 +74,250 @@ class Client:
 
     @property
     def lr(self) -> float:
-        """This round's learning rate for what travels."""
-        return self.training.lr * learning_rate_share(self.round, self.num_rounds, self.training)
+        """Learning rate of this round."""
+        return self.training.lr * learning_rate_share(self.round_number, self.num_rounds, self.training)
 
     def derive_seed(self, purpose: str) -> int:
-        """A seed for ``purpose`` in this client's turn of this round."""
-        return derive_seed(self.seed, purpose, self.client_id, self.round)
+        """Return a seed for ``purpose`` in this client's turn of this round."""
+        return derive_seed(self.seed, purpose, self.client_id, self.round_number)
+
+    def train(
+        self,
+        groups: "Sequence[TrainedGroup]",
+        *,
+        correction: Correction | None = None,
+        optimizer_state: Mapping[str, Tensors] | None = None,
+        batches: Sequence[Batch] | None = None,
+        purpose: str = "dropout",
+    ) -> LocalResult:
+        """Take this round's local steps on the model as it stands, training ``groups`` alone.
+
+        Args:
+            groups: parameters, each group with its multiple of the round's learning rate.
+            correction: changes gradients or parameters at each step.
+            optimizer_state: to go on from; with ``training.optimizer_state = "kept"`` the result then has
+                the state of every parameter in a group that ``keeps_optimizer``.
+            batches: instead of :attr:`draw_batches`.
+            purpose: names the seed of dropout, for an algorithm that trains twice in a turn.
+        """
+        keeps = self.training.optimizer_state == "kept"
+        kept = tuple(name for group in groups if group.keeps_optimizer for name in group.names)
+        return local_steps(
+            self.parts.model,
+            self.draw_batches() if batches is None else batches,
+            [ParameterGroup(names=group.names, lr=self.lr * group.lr_scale) for group in groups],
+            self.training,
+            seed=self.derive_seed(purpose),
+            optimizer_state=optimizer_state if keeps else None,
+            keep_state_of=kept if keeps else (),
+            correction=correction,
+            on_step=self.on_step,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedGroup:
+    """Parameters of the model that train at one rate."""
+
+    names: tuple[str, ...]
+    lr_scale: float = 1.0
+    """Their learning rate as a multiple of ``training.lr``."""
+    keeps_optimizer: bool = False
+    """Whether the optimizer's state may stay with the client (``training.optimizer_state = "kept"``)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Everything a client keeps from round to round; none of it is ever sent."""
+
+    parameters: Tensors = field(default_factory=dict)
+    """They go into the model, by name."""
+    beside: Tensors = field(default_factory=dict)
+    """They do not: chosen experts, control variates, running statistics."""
+    optimizer: OptimizerState = field(default_factory=dict)
+    """Optimizer state by parameter."""
+
+    def __bool__(self) -> bool:
+        """Return whether anything is kept."""
+        return bool(self.parameters or self.beside or self.optimizer)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerState:
-    """All that the server keeps from round to round."""
+    """Everything the server keeps from round to round."""
 
-    round: int
+    round_number: int
     """Rounds done."""
     tensors: Tensors
+    """They go into the model: the averaged parameters and experts, by name."""
+    beside: Tensors = field(default_factory=dict)
+    """They do not: moments of a server optimizer, control variates, utilities, roles."""
+    clients: tuple[ClientFacts, ...] = ()
+    """Everybody who may take part, in a fixed order; per-client tensors have a row for each."""
+    seed: int = 0
+    """The run's seed, set by the runner after :meth:`Algorithm.init`; the server's draws derive from it."""
+
+    def position(self, client_id: str) -> int:
+        """Return the row of ``client_id`` in per-client tensors."""
+        return [facts.client_id for facts in self.clients].index(client_id)
 
 
-class Algorithm(Protocol):
-    """A federated algorithm, itself a frozen dataclass whose fields are its hyperparameters.
+class Algorithm:
+    """A federated algorithm; a subclass is a frozen dataclass whose fields are its hyperparameters.
 
-    It does no input or output, knows no transport, and keeps nothing between calls: what the server
-    remembers is in :class:`ServerState`, what a client remembers is in its personal tensors, and those never
-    enter an Upload.
+    It does no input or output, knows no transport, and keeps nothing between calls: what the server remembers
+    is in :class:`ServerState`, what a client remembers in :class:`Kept`.
     """
 
-    def init(self, parts: ModelParts) -> ServerState:
-        """The server's state before the first round."""
+    # Names
 
-    def download(self, state: ServerState, client_id: str) -> Tensors:
-        """What ``client_id`` needs for a round."""
+    def shared_names(self, parts: ModelParts) -> tuple[str, ...]:
+        """Return the tensors that travel and are averaged: LoRA, unless overridden."""
+        return parts.lora_names
 
-    def upload_names(self, parts: ModelParts) -> tuple[str, ...]:
-        """Names that a client may send; the server refuses all others."""
+    def personal_names(self, parts: ModelParts) -> tuple[str, ...]:
+        """Return the parameters, of those now in the model, that a client keeps for itself: none."""
+        return ()
 
-    def install(self, client: Client, personal: Tensors, tensors: Mapping[str, Tensor]) -> Tensors:
-        """Make the model the client's own as it stands before local steps; returns its personal tensors."""
+    def trained(self, parts: ModelParts, sent: Sent) -> tuple[TrainedGroup, ...]:
+        """Return the parameters that local steps train, of the model as :meth:`install` left it.
 
-    def client_update(
-        self, client: Client, personal: Tensors, tensors: Mapping[str, Tensor]
-    ) -> tuple[Upload, Tensors]:
-        """Install, take local steps, and return what travels and what stays. The model is left as trained."""
+        Memory, ``check`` and ``plan`` are computed from it: nothing else trains.
+        """
+        names = (*self.shared_names(parts), *self.personal_names(parts))
+        return (TrainedGroup(names=tuple(dict.fromkeys(map(seam.fused_name, names)))),)
 
-    def server_update(self, state: ServerState, uploads: Iterable[Upload]) -> ServerState:
+    # The server's half
+
+    def init(self, parts: ModelParts, clients: Sequence[ClientFacts]) -> ServerState:
+        """Return the state before the first round: the model's own tensors."""
+        tensors = seam.current(parts.model, self.shared_names(parts))
+        return ServerState(round_number=0, tensors=tensors, clients=tuple(clients))
+
+    def plan_round(self, state: ServerState, cohort: Sequence[str], round_number: int) -> ServerState:
+        """Decide before the downloads who does what in this round; unchanged without roles."""
+        return state
+
+    def download(self, state: ServerState, client_id: str) -> Sent:
+        """Return what ``client_id`` needs for a round."""
+        return Sent(tensors=state.tensors)
+
+    def expected(self, parts: ModelParts, state: ServerState, client_id: str) -> Expected:
+        """Return names, shapes and dtypes of what ``client_id`` must send in this round.
+
+        The server refuses every other upload, and the predicted bytes follow from it.
+        """
+        return Expected(tensors=shapes_of(state.tensors))
+
+    def server_update(self, state: ServerState, uploads: Iterable[tuple[str, Upload]]) -> ServerState:
         """Fold the uploads, one at a time and in their order, into the next round's state."""
+        return next_state(state, tensors=mean_of(state, uploads))
 
-    def personal_names(self, parts: ModelParts) -> Sequence[str]:
-        """Parameters, of those now in the model, that belong to the client alone."""
+    def server_model(self, state: ServerState) -> Sent:
+        """Return what the server's own model is made of, nothing personal in it."""
+        return Sent(tensors=state.tensors)
 
-    def blank_personal(self, parts: ModelParts) -> Tensors:
-        """Personal tensors that :meth:`install` can start from without a look at data: to predict sizes."""
+    # The client's half
+
+    def blank(self, parts: ModelParts) -> Kept:
+        """Return what :meth:`install` can start from without a look at data: to predict sizes."""
+        return Kept()
+
+    def install_shared(self, parts: ModelParts, sent: Sent) -> None:
+        """Put what travelled into the model."""
+        seam.load_tensors(parts.model, sent.tensors)
+
+    def install(self, client: Client, kept: Kept, sent: Sent) -> Kept:
+        """Make the model the client's own as it stands before local steps; return what the client keeps."""
+        self.install_shared(client.parts, sent)
+        seam.load_tensors(client.parts.model, kept.parameters)
+        return kept
+
+    def holds(self, kept: Kept, sent: Sent) -> Mapping[str, Tensor]:
+        """Return tensors that the model must hold, bit for bit, after :meth:`install`: a guard."""
+        return {**sent.tensors, **kept.parameters}
+
+    def client_update(self, client: Client, kept: Kept, sent: Sent) -> tuple[Upload, Kept]:
+        """Install, take local steps, and return what is sent and what is kept.
+
+        The model is left as the client's own model after training.
+        """
+        kept = self.install(client, kept, sent)
+        result = client.train(self.trained(client.parts, sent), optimizer_state=kept.optimizer)
+        return upload_of(client, self.shared_names(client.parts), sent, result), self.keep(
+            client, kept, result
+        )
+
+    def keep(self, client: Client, kept: Kept, result: LocalResult) -> Kept:
+        """Return what the client keeps after local steps: its personal parameters as trained."""
+        own = seam.current(client.parts.model, self.personal_names(client.parts))
+        return Kept(parameters=own, beside=kept.beside, optimizer=result.optimizer_state)
+
+    def describe(self, kept: Kept) -> Tensors:
+        """Return facts about a client's model for the result and the report, as small tensors."""
+        return {}
+
+
+def next_state(
+    state: ServerState, *, tensors: Tensors | None = None, beside: Tensors | None = None
+) -> ServerState:
+    """Return the state one round later, with new tensors where they are given."""
+    return replace(
+        state,
+        round_number=state.round_number + 1,
+        tensors=state.tensors if tensors is None else tensors,
+        beside=state.beside if beside is None else beside,
+    )
+
+
+def mean_of(state: ServerState, uploads: Iterable[tuple[str, Upload]]) -> Tensors:
+    """Return each tensor's weighted mean over the uploads that bring it (FedAvg, Algorithm 1).
+
+    A name that nobody brought keeps its value. Only one upload is held at a time.
+    """
+    mean = WeightedMean()
+    for _, upload in uploads:
+        mean.add(upload.tensors, upload.weights)
+    return mean.mean(like=state.tensors)
+
+
+def upload_of(
+    client: Client,
+    names: Sequence[str],
+    sent: Sent,
+    result: LocalResult,
+    *,
+    beside: Tensors | None = None,
+    tables: Tensors | None = None,
+    measured: Mapping[str, float] | None = None,
+) -> Upload:
+    """Return an upload of the model's tensors ``names``, weighted by the client's number of examples.
+
+    ``num_unchanged`` counts those that the local steps left bit for bit as they came.
+    """
+    tensors = seam.current(client.parts.model, names)
+    unchanged = sum(
+        name in sent.tensors and equal_bits(tensor, sent.tensors[name]) for name, tensor in tensors.items()
+    )
+    return Upload(
+        tensors=tensors,
+        weights=dict.fromkeys(tensors, float(client.num_train)),
+        beside=beside or {},
+        tables=tables or {},
+        metrics=result.metrics() | {"num_unchanged": float(unchanged)},
+        measured=dict(measured or {}),
+    )
+
+
+def trained_names(algorithm: Algorithm, parts: ModelParts, sent: Sent) -> tuple[str, ...]:
+    """Return the names of all parameters that ``algorithm`` trains in the model as it stands."""
+    groups = algorithm.trained(parts, sent)
+    return tuple(dict.fromkeys(name for group in groups for name in group.names))
+
+
+def refuse_below(settings: object, limits: Mapping[str, float], *, exclusive: bool = True) -> None:
+    """Raise UserError if a field of ``settings`` is not above (or at) its limit."""
+    for name, limit in limits.items():
+        value = getattr(settings, name)
+        if not (value > limit if exclusive else value >= limit):
+            raise UserError(f"{name} must be {'above' if exclusive else 'at least'} {limit:g}, not {value}")

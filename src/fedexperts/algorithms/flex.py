@@ -6,31 +6,38 @@ layer on the client's data (eq. 4), behind a sigmoid gate (eq. 2), and keeps it.
 docs/algorithms/flex.md.
 """
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedexperts.algorithms.aggregation import average, current, load_tensors, upload_of
-from fedexperts.algorithms.api import Client, ModelParts, ServerState
+from fedexperts.algorithms.api import (
+    Algorithm,
+    Client,
+    Kept,
+    ModelParts,
+    ServerState,
+    TrainedGroup,
+    refuse_below,
+    upload_of,
+)
 from fedexperts.errors import UserError
-from fedexperts.messages import Upload
+from fedexperts.messages import Expected, Sent, Upload
 from fedexperts.moe.choosing.subsets import LARGEST, choose_subsets
 from fedexperts.moe.surgery import graft as grafting
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.graft import GateMeter, GraftForm
 from fedexperts.moe.surgery.seam import MoeLayer
 from fedexperts.tensors import Tensors
-from fedexperts.training.local_steps import LocalResult, ParameterGroup, local_steps
 
 CHOSEN = "chosen_experts"
-"""Personal tensor: the copied expert of each MoE layer, int64 (L,), or (L, num_grafts) with several."""
+"""Kept beside the graft: the copied expert of each MoE layer, int64 (L,), or (L, num_grafts) with several."""
+GATE_MEAN = "gate_mean"
+"""Table of an upload: mean openness of each grafted layer's gates in training, float32 (L,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flex:
+class Flex(Algorithm):
     """Shared LoRA on non-experts, one private grafted expert per MoE layer, or several."""
 
     graft: GraftForm = field(default_factory=GraftForm)
@@ -48,21 +55,19 @@ class Flex:
 
     def __post_init__(self) -> None:
         """Refuse numbers outside their range."""
-        for name in ("graft_lr_scale", "gate_lr_scale"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
-        if self.calibration_examples < 1:
-            raise UserError(f"calibration_examples must be at least 1, not {self.calibration_examples}")
+        refuse_below(self, {"graft_lr_scale": 0, "gate_lr_scale": 0})
+        refuse_below(self, {"calibration_examples": 1}, exclusive=False)
         if not 1 <= self.num_grafts <= LARGEST:
             raise UserError(f"num_grafts must be from 1 to {LARGEST}, not {self.num_grafts}")
         if len(set(self.layers)) < len(self.layers):
             raise UserError(f"layers must not name a layer twice, but is {list(self.layers)}")
 
-    def upload_names(self, parts: ModelParts) -> tuple[str, ...]:
-        """LoRA of the non-expert parameters, never an expert."""
-        return parts.lora_names
+    def grafted_layers(self, parts: ModelParts) -> tuple[MoeLayer, ...]:
+        """Return the MoE layers that get a graft.
 
-    def _layers(self, parts: ModelParts) -> tuple[MoeLayer, ...]:
+        Raises:
+            UserError: the model lacks one of them, or has fewer experts than grafts are asked for.
+        """
         for index in self.layers:
             if not 0 <= index < len(parts.layers):
                 raise UserError(
@@ -77,78 +82,63 @@ class Flex:
         return layers
 
     def personal_names(self, parts: ModelParts) -> tuple[str, ...]:
-        """Parameters of the grafts now in the model."""
-        prefixes = tuple(f"{seam.addition_name(layer)}." for layer in parts.layers)
-        return tuple(name for name, _ in parts.model.named_parameters() if name.startswith(prefixes))
+        """Return the parameters of grafts and gates."""
+        return grafting.graft_names(parts.layers)
 
-    def blank_personal(self, parts: ModelParts) -> Tensors:
-        """Expert 0 chosen everywhere: grafts are of one size whichever is copied."""
+    def trained(self, parts: ModelParts, sent: Sent) -> tuple[TrainedGroup, ...]:
+        """Return LoRA, grafts and gates, each at its own rate."""
+        own = self.personal_names(parts)
+        weights = grafting.names_of_kind(own, is_gate=False)
+        gates = grafting.names_of_kind(own, is_gate=True)
+        return (
+            TrainedGroup(names=parts.lora_names),
+            TrainedGroup(names=weights, lr_scale=self.graft_lr_scale, keeps_optimizer=True),
+            TrainedGroup(names=gates, lr_scale=self.gate_lr_scale, keeps_optimizer=True),
+        )
+
+    def expected(self, parts: ModelParts, state: ServerState, client_id: str) -> Expected:
+        """Return averaged LoRA, and the gates' openness by layer."""
+        gates = torch.empty(len(self.grafted_layers(parts)), device="meta")
+        expected = super().expected(parts, state, client_id)
+        return Expected(tensors=expected.tensors, tables={GATE_MEAN: gates})
+
+    def blank(self, parts: ModelParts) -> Kept:
+        """Return expert 0 chosen everywhere: grafts are of one size whichever expert is copied."""
         several = () if self.num_grafts == 1 else (self.num_grafts,)
-        return {CHOSEN: torch.zeros(len(self._layers(parts)), *several, dtype=torch.int64)}
+        chosen = torch.zeros(len(self.grafted_layers(parts)), *several, dtype=torch.int64)
+        return Kept(beside={CHOSEN: chosen})
 
-    def init(self, parts: ModelParts) -> ServerState:
-        """LoRA's start."""
-        return ServerState(round=0, tensors=current(parts.model, parts.lora_names))
-
-    def download(self, state: ServerState, client_id: str) -> Tensors:
-        """The averaged LoRA."""
-        return state.tensors
-
-    def install(self, client: Client, personal: Tensors, tensors: Mapping[str, Tensor]) -> Tensors:
-        """Load the averaged LoRA and graft the client's own experts, chosen now if it is new."""
+    def install(self, client: Client, kept: Kept, sent: Sent) -> Kept:
+        """Load the averaged LoRA and graft the client's own experts, chosen now if the client is new."""
         parts = client.parts
-        if not personal:
-            personal = {CHOSEN: self._choose(client)}
-        names = grafting.graft(self._layers(parts), personal[CHOSEN].tolist(), self.graft, client.seed)
-        load_tensors(parts.model, tensors)
-        load_tensors(parts.model, {name: personal[name] for name in names if name in personal})
-        return personal | current(parts.model, names)
+        chosen = kept.beside[CHOSEN] if kept else self.choose(client)
+        names = grafting.graft(self.grafted_layers(parts), chosen.tolist(), self.graft, client.seed)
+        seam.load_tensors(parts.model, {**sent.tensors, **kept.parameters})
+        own = seam.current(parts.model, names)
+        return Kept(parameters=own, beside={CHOSEN: chosen}, optimizer=kept.optimizer)
 
-    def _choose(self, client: Client) -> Tensor:
-        """Eq. 4 on the pretrained model: LoRA's B is still zero here, whatever has been averaged since."""
-        batches = client.calibration_batches(self.calibration_examples)
-        model, layers = client.parts.model, self._layers(client.parts)
+    def choose(self, client: Client) -> Tensor:
+        """Choose by eq. 4 on the pretrained model: LoRA is at its start here, whatever has been averaged."""
         choices = choose_subsets(
-            model, layers, batches, self.num_grafts, seed=client.derive_seed("calibration")
+            client.parts.model,
+            self.grafted_layers(client.parts),
+            client.calibration_batches(self.calibration_examples),
+            self.num_grafts,
+            seed=client.derive_seed("calibration"),
         )
         chosen = torch.tensor([choice.experts for choice in choices])
         return chosen.squeeze(1) if self.num_grafts == 1 else chosen
 
-    def client_update(
-        self, client: Client, personal: Tensors, tensors: Mapping[str, Tensor]
-    ) -> tuple[Upload, Tensors]:
+    def client_update(self, client: Client, kept: Kept, sent: Sent) -> tuple[Upload, Kept]:
         """Train LoRA, graft and gate together; send LoRA, keep the rest."""
-        personal = self.install(client, personal, tensors)
-        parts, own = client.parts, self.personal_names(client.parts)
-        meter, layers = GateMeter(), self._layers(parts)
-        with seam.watch_experts(layers, meter.see):
-            result = self._train(client, personal, own)
-        upload = upload_of(client, parts.lora_names, tensors, result.metrics())
-        for index, openness in meter.means().items():
-            upload.metrics[f"gate_mean.{index}"] = openness
-        kept = {CHOSEN: personal[CHOSEN]} | current(parts.model, own) | result.moments
-        return upload, kept
+        kept = self.install(client, kept, sent)
+        meter = GateMeter()
+        with seam.watch_experts(self.grafted_layers(client.parts), meter.see):
+            result = client.train(self.trained(client.parts, sent), optimizer_state=kept.optimizer)
+        tables = {GATE_MEAN: torch.tensor([mean for _, mean in sorted(meter.means().items())])}
+        upload = upload_of(client, self.shared_names(client.parts), sent, result, tables=tables)
+        return upload, self.keep(client, kept, result)
 
-    def _train(self, client: Client, personal: Tensors, own: tuple[str, ...]) -> LocalResult:
-        keep = client.training.optimizer_state == "kept"
-        weights = grafting.names_of_kind(own, is_gate=False)
-        gates = grafting.names_of_kind(own, is_gate=True)
-        groups = [
-            ParameterGroup(names=client.parts.lora_names, lr=client.lr),
-            ParameterGroup(names=weights, lr=client.lr * self.graft_lr_scale),
-            ParameterGroup(names=gates, lr=client.lr * self.gate_lr_scale),
-        ]
-        extra: dict[str, Any] = {"moments": personal, "keep_moments_of": own} if keep else {}
-        return local_steps(
-            client.parts.model,
-            client.draw_batches(),
-            groups,
-            client.training,
-            seed=client.derive_seed("dropout"),
-            on_step=client.on_step,
-            **extra,
-        )
-
-    def server_update(self, state: ServerState, uploads: Iterable[Upload]) -> ServerState:
-        """FedAvg on what travelled."""
-        return average(state, uploads)
+    def describe(self, kept: Kept) -> Tensors:
+        """Return the copied expert of each layer."""
+        return {CHOSEN: kept.beside[CHOSEN]} if kept else {}

@@ -1,34 +1,14 @@
-"""Predict the bytes and the memory of a client's round before it is run."""
+"""Predict the memory of a client's local steps before they are run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedexperts.algorithms.api import Algorithm, ModelParts, ServerState
+from fedexperts.algorithms.api import ModelParts
 from fedexperts.costs.dry_run import BatchShape, peak_of_local_steps
-from fedexperts.messages import predict_bytes
 from fedexperts.tensors import num_bytes
-from fedexperts.training.local_steps import TrainingSettings
-
-ADAM_BYTES = 2
-"""AdamW keeps two numbers for each trained one, of the parameter's own dtype."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictedBytes:
-    """Size of one client's messages in one round, to the byte."""
-
-    upload: int
-    download: int
-
-
-def predict_round(algorithm: Algorithm, state: ServerState, parts: ModelParts) -> PredictedBytes:
-    """What one client will send and receive in a round, from names, shapes and dtypes alone."""
-    upload = {name: state.tensors[name] for name in algorithm.upload_names(parts)}
-    return PredictedBytes(
-        upload=predict_bytes(upload, is_upload=True),
-        download=predict_bytes(algorithm.download(state, "any"), is_upload=False),
-    )
+from fedexperts.training.optimizers import blank_state
+from fedexperts.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +42,23 @@ def predict_memory(
         shape: of the fullest batch.
         settings: the section ``[training]``.
     """
-    without = memory_before_activations(model, trained)
+    without = memory_before_activations(model, trained, settings)
     peak = peak_of_local_steps(model, trained, shape, settings)
     return replace(without, activations=max(0, peak - without.gradients - without.optimizer))
 
 
-def memory_before_activations(model: Any, trained: Sequence[str]) -> PredictedMemory:
+def memory_before_activations(
+    model: Any, trained: Sequence[str], settings: TrainingSettings
+) -> PredictedMemory:
     """What of :func:`predict_memory` does not depend on the batch; its activations are 0."""
     wanted = set(trained)
-    gradients = num_bytes({name: p for name, p in model.named_parameters() if name in wanted})
+    parameters = {name: p for name, p in model.named_parameters() if name in wanted}
+    state = blank_state(parameters, settings)
     held = (*model.parameters(), *model.buffers())
     return PredictedMemory(
         weights=sum(tensor.numel() * tensor.element_size() for tensor in held),
-        gradients=gradients,
-        optimizer=ADAM_BYTES * gradients,
+        gradients=num_bytes(parameters),
+        optimizer=sum(num_bytes(kept) for kept in state.values()),
         activations=0,
     )
 

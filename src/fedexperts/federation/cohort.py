@@ -1,4 +1,4 @@
-"""Who takes part in a round, from the seed and the round alone."""
+"""Draw the clients of a round from the seed and the round alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,17 +16,21 @@ class CohortSettings:
     """Clients in each round, drawn without replacement; 0 takes all."""
     on_failure: Literal["continue", "stop"] = "stop"
     """When a client fails or its upload is refused: go on without it, or stop. It is named either way."""
+    max_change_norm: float = 0.0
+    """Refuse an upload whose tensors differ from the server's by more than this L2 norm; 0 for no limit."""
 
     def __post_init__(self) -> None:
-        """Refuse a negative size."""
+        """Refuse negative numbers."""
         if self.size < 0:
             raise UserError(f"size must be 0 (all clients) or more, not {self.size}")
+        if not self.max_change_norm >= 0:
+            raise UserError(f"max_change_norm must not be negative, but is {self.max_change_norm}")
 
 
 def draw_cohort(
-    client_ids: Sequence[str], settings: CohortSettings, seed: int, round: int
+    client_ids: Sequence[str], settings: CohortSettings, seed: int, round_number: int
 ) -> tuple[str, ...]:
-    """The clients of ``round``, in the order of ``client_ids``.
+    """Return the clients of a round, in the order of ``client_ids``.
 
     Raises:
         UserError: the cohort is larger than the federation.
@@ -35,5 +39,5 @@ def draw_cohort(
         raise UserError(f"cohort.size is {settings.size}, but there are only {len(client_ids)} clients")
     if settings.size in (0, len(client_ids)):
         return tuple(client_ids)
-    drawn = set(derive_random(seed, "cohort", round).sample(list(client_ids), settings.size))
+    drawn = set(derive_random(seed, "cohort", round_number).sample(list(client_ids), settings.size))
     return tuple(client_id for client_id in client_ids if client_id in drawn)

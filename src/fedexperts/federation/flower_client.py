@@ -53,9 +53,14 @@ def _answer(blob: bytes, context: Context) -> Upload:
         return _runtime(experiment, client_id, folder).handle(client_id, download)
     if download.config_sha256 != config_sha256(bench.config):
         raise UserError("was started from another configuration than the server's")
-    return Upload(
-        report={"client_id": client_ids[position], "position": position, "num_clients": len(client_ids)}
-    )
+    client_id = client_ids[position]
+    report = {
+        "client_id": client_id,
+        "position": position,
+        "num_clients": len(client_ids),
+        "num_train": bench.data.num_examples(client_id, "train"),
+    }
+    return Upload(report=report)
 
 
 @lru_cache(maxsize=1)
@@ -68,7 +73,7 @@ def _workbench(experiment: str) -> Workbench:
 def _runtime(experiment: str, client_id: str, folder: Path) -> ClientRuntime:
     """A runtime over the resident model that sees no other client's data."""
     bench = _workbench(experiment)
-    return replace(bench, data=bench.data.only([client_id])).runtime(PersonalStore(folder))
+    return replace(bench, data=bench.data.only([client_id])).scorer(PersonalStore(folder)).runtime
 
 
 def _position(node_config: Mapping[str, Any]) -> int:

@@ -40,7 +40,7 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory) -> None:
     progress, stopwatch = said_progress(), Stopwatch()
     progress.phase("loading the server's model")
     with run.lock(), open_workbench(config, stopwatch, data=no_data()) as bench:
-        runtime = bench.runtime(personal_store(run.path))
+        scorer = bench.scorer(personal_store(run.path))
         environment = describe_environment(config.threads, str(device_of(bench.parts)))
         write_json(run.environment, environment | _simulated(config))
         transport = FlowerTransport(
@@ -49,8 +49,8 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory) -> None:
             timeout_seconds=config.transport.timeout_seconds,
         )
         progress.phase("waiting for the clients")
-        progress.message(f"{len(transport.client_ids)} clients have joined")
-        ServerRun(config, run, runtime, transport, progress, stopwatch).run()
+        progress.message(f"{len(transport.clients)} clients have joined")
+        ServerRun(config, run, scorer, transport, progress, stopwatch).run()
 
 
 def _simulated(config: RunConfig) -> dict[str, str]:

@@ -1,19 +1,23 @@
-"""Transport over Flower's Grid: which node is which client, time-outs, and what a failure looks like."""
+"""Transport over Flower's Grid: map nodes to clients, time out, and turn every fault into a failure."""
 
 import logging
 import math
+import re
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedexperts.algorithms.api import ClientFacts
 from fedexperts.errors import UserError
+from fedexperts.federation.edge import read_answer
 from fedexperts.federation.transport import Delivery
 from fedexperts.federation.wire import pack, unpack
-from fedexperts.messages import Download, Upload, decode_upload, encode_download
+from fedexperts.messages import Download, encode_download, plain_text
 
 logger = logging.getLogger(__name__)
 
@@ -60,19 +64,25 @@ class FlowerTransport:
         """``timeout_seconds``: longest wait until every client is there, and for one client's answer."""
         self._grid, self._config_sha256, self._timeout = grid, config_sha256, timeout_seconds
         self._clock, self._pause = clock, pause
-        self._nodes: dict[str, int] = {}
+        self._nodes: dict[str, _Node] = {}
 
     @property
-    def client_ids(self) -> tuple[str, ...]:
+    def clients(self) -> tuple[ClientFacts, ...]:
         """All clients, in the order of the data; the first use waits until there is a node for each."""
+        return tuple(
+            ClientFacts(client_id=node.client_id, num_train=node.num_train)
+            for node in self._joined().values()
+        )
+
+    def _joined(self) -> dict[str, "_Node"]:
         if not self._nodes:
             self._nodes = self._gather()
-        return tuple(self._nodes)
+        return self._nodes
 
     def exchange(self, downloads: Iterable[tuple[str, Download]]) -> Iterator[Delivery]:
         """See the protocol; at most :data:`MOST_UNANSWERED` downloads are sent ahead."""
-        assert self.client_ids
-        return self._exchange((name, self._nodes[name], download) for name, download in downloads)
+        nodes = self._joined()
+        return self._exchange((name, nodes[name].node_id, download) for name, download in downloads)
 
     def _exchange(self, items: Iterable[tuple[str, int, Download]]) -> Iterator[Delivery]:
         waiting, under_way = iter(items), deque[_Sent]()
@@ -92,7 +102,7 @@ class FlowerTransport:
             node_id,
             "train",
             ttl=self._timeout + GRACE_SECONDS,
-            group_id=f"{download.task} {download.round}",
+            group_id=f"{download.task} {download.round_number}",
         )
         at = self._clock()
         message_ids = list(self._grid.push_messages([message]))
@@ -120,16 +130,8 @@ class FlowerTransport:
 
     def _delivery(self, sent: _Sent) -> Delivery:
         """The answer, whatever came; nothing that a client sends may stop the server."""
-        num_bytes, busy = 0, 0.0
-        try:
-            blob = self._blob(sent)
-            num_bytes = len(blob)
-            upload = decode_upload(blob)
-            busy = math.fsum(upload.report.get("seconds", {}).values())
-        except UserError as error:
-            upload = Upload(failure=str(error))
-        except Exception as error:
-            upload = Upload(failure=f"its answer cannot be read: {type(error).__name__}: {error}")
+        upload, num_bytes = read_answer(lambda: self._blob(sent))
+        busy = math.fsum(upload.seconds.values())
         return Delivery(
             client_id=sent.client_id,
             upload=upload,
@@ -149,8 +151,8 @@ class FlowerTransport:
             raise UserError(f"Flower error {reply.error.code}: {reason[:500]}")
         return unpack(reply.content)
 
-    def _gather(self) -> dict[str, int]:
-        """Node ids by client, in the order of the data; asks each node that appears until all are there."""
+    def _gather(self) -> dict[str, "_Node"]:
+        """Nodes by client, in the order of the data; asks each node that appears until all are there."""
         started, asked, found = self._clock(), set[int](), dict[int, _Node]()
         while not found or len(found) < max(node.num_clients for node in found.values()):
             if self._clock() - started >= self._timeout:
@@ -168,27 +170,48 @@ class FlowerTransport:
                 found[node.position] = node
             if not new:
                 self._pause(POLL_SECONDS)
-        return {found[position].client_id: found[position].node_id for position in sorted(found)}
+        return {found[position].client_id: found[position] for position in sorted(found)}
 
     def _identify(self, node_ids: Iterable[int]) -> Iterator["_Node"]:
-        question = Download(round=0, task=IDENTIFY, tensors={}, config_sha256=self._config_sha256)
+        question = Download(round_number=0, task=IDENTIFY, config_sha256=self._config_sha256)
         for answer in self._exchange((str(node_id), node_id, question) for node_id in node_ids):
             if answer.upload.failure:
                 raise UserError(f"Flower node {answer.client_id}: {answer.upload.failure}")
-            node = _Node(node_id=int(answer.client_id), **answer.upload.report)
+            node = _node(int(answer.client_id), answer.upload.report)
             logger.info("Flower node %d is %s", node.node_id, node.client_id)
             yield node
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Node:
-    """What a node says of itself."""
+    """A node's description of itself."""
 
     node_id: int
     client_id: str
     position: int
     """Of the client in the data's order."""
     num_clients: int
+    num_train: int
+
+
+def _node(node_id: int, report: Mapping[str, Any]) -> _Node:
+    """Read a node's description of itself.
+
+    Raises:
+        UserError: a part of it is missing or of another type.
+    """
+    kinds = {"client_id": str, "position": int, "num_clients": int, "num_train": int}
+    for name, kind in kinds.items():
+        if type(report.get(name)) is not kind:
+            raise UserError(f"Flower node {node_id}: its {name} is {plain_text(repr(report.get(name)))[:60]}")
+    if not 0 <= report["position"] < report["num_clients"] or report["num_train"] < 0:
+        raise UserError(f"Flower node {node_id} says it is {report['position']} of {report['num_clients']}")
+    if not _CLIENT_ID.fullmatch(report["client_id"]):
+        raise UserError(f"Flower node {node_id}: its client_id is no name of a client")
+    return _Node(node_id=node_id, **{name: report[name] for name in kinds})
+
+
+_CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 def _count_of(nodes: Collection[_Node]) -> str:

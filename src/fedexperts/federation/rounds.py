@@ -1,29 +1,30 @@
-"""The round loop, over any transport."""
+"""Run the rounds of a federation over any transport."""
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedexperts.algorithms.aggregation import check_upload
-from fedexperts.algorithms.api import Algorithm, ServerState
-from fedexperts.costs.round import PredictedBytes
+from fedexperts.algorithms.api import Algorithm, ModelParts, ServerState
+from fedexperts.costs.traffic import PredictedBytes, predict_round
 from fedexperts.errors import UserError
+from fedexperts.federation.checkpoint import Checkpoint, state_sha256
 from fedexperts.federation.cohort import CohortSettings, draw_cohort
+from fedexperts.federation.edge import refusal
 from fedexperts.federation.transport import Delivery, Transport
 from fedexperts.messages import Download, Upload
-from fedexperts.tensors import sha256_of
+from fedexperts.tensors import first_non_finite
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
 class RoundRecord:
-    """What one round was: a line of rounds.jsonl, lines of clients.jsonl, and the failures."""
+    """One round's line of rounds.jsonl, its lines of clients.jsonl, and its failures."""
 
-    round: int
+    round_number: int
     cohort: tuple[str, ...]
     clients: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
@@ -31,10 +32,10 @@ class RoundRecord:
     lr: float = 0.0
 
     def line(self, state: ServerState) -> dict[str, Any]:
-        """The round's line in rounds.jsonl."""
+        """Return the round's line in rounds.jsonl."""
         losses = [client["train_loss"] for client in self.clients]
         return {
-            "round": self.round,
+            "round": self.round_number,
             "cohort": list(self.cohort),
             "train_loss": math.fsum(losses) / len(losses) if losses else None,
             "lr": self.lr,
@@ -43,7 +44,7 @@ class RoundRecord:
             "num_failed": len(self.failures),
             "failures": self.failures,
             "seconds": self.seconds,
-            "server_state_sha256": sha256_of(state.tensors),
+            "server_state_sha256": state_sha256(state),
         }
 
 
@@ -52,98 +53,126 @@ class Federation:
     """One run's server side."""
 
     algorithm: Algorithm
+    parts: ModelParts
     transport: Transport
     cohort: CohortSettings
     num_rounds: int
     seed: int
     config_sha256: str
-    predicted_bytes: PredictedBytes
     lr_of_round: Callable[[int], float]
 
     def run(
         self,
-        state: ServerState,
+        start: Checkpoint,
         *,
         before_round: Callable[[int, Sequence[str]], None],
         after_client: Callable[[str], None],
-        after_round: Callable[[ServerState, RoundRecord], None],
-    ) -> ServerState:
-        """All rounds after ``state.round``; ``after_round`` is where a round is made to last.
+        after_round: Callable[[Checkpoint, RoundRecord], None],
+    ) -> Checkpoint:
+        """Run all rounds after ``start``; ``after_round`` is where a round is made to last.
 
         Raises:
             UserError: a client failed and ``cohort.on_failure`` is ``stop``; the round does not count.
         """
-        for round in range(state.round + 1, self.num_rounds + 1):
-            cohort = draw_cohort(self.transport.client_ids, self.cohort, self.seed, round)
-            before_round(round, cohort)
-            record = RoundRecord(round=round, cohort=cohort, lr=self.lr_of_round(round))
+        reached = start
+        client_ids = [facts.client_id for facts in start.state.clients]
+        for round_number in range(start.state.round_number + 1, self.num_rounds + 1):
+            cohort = draw_cohort(client_ids, self.cohort, self.seed, round_number)
+            before_round(round_number, cohort)
+            record = RoundRecord(round_number=round_number, cohort=cohort, lr=self.lr_of_round(round_number))
             started = time.perf_counter()
-            uploads = self._accepted(state, record, after_client)
-            state = self.algorithm.server_update(state, uploads)
-            self._time(record, time.perf_counter() - started)
-            after_round(state, record)
-        return state
+            reached = self._round(reached, record, after_client)
+            _add_seconds(record, time.perf_counter() - started)
+            after_round(reached, record)
+        return reached
 
-    def _time(self, record: RoundRecord, total: float) -> None:
-        for client in record.clients:
-            for phase, seconds in client["seconds"].items():
-                record.seconds[phase] = record.seconds.get(phase, 0.0) + seconds
-        record.seconds["aggregate"] = max(total - math.fsum(record.seconds.values()), 0.0)
-        record.seconds["total"] = total
+    def _round(
+        self, start: Checkpoint, record: RoundRecord, after_client: Callable[[str], None]
+    ) -> Checkpoint:
+        planned = self.algorithm.plan_round(start.state, record.cohort, record.round_number)
+        state = self.algorithm.server_update(planned, self._accepted(planned, start, record, after_client))
+        bad = first_non_finite({**state.tensors, **state.beside})
+        if bad is not None:
+            reason = f"the server's tensor {bad!r} would not be finite after this round"
+            self._fail(record, record.cohort, reason)
+            record.clients.clear()
+            state = start.state
+        accepted = dict.fromkeys((line["client"] for line in record.clients), record.round_number)
+        state = replace(state, round_number=record.round_number)
+        return Checkpoint(state=state, kept_rounds={**start.kept_rounds, **accepted})
 
     def _accepted(
-        self, state: ServerState, record: RoundRecord, after_client: Callable[[str], None]
-    ) -> Iterator[Upload]:
-        for delivery in self.transport.exchange(self.downloads(state, record.cohort, record.round, "train")):
-            reason = delivery.upload.failure or _refusal(delivery.upload, state)
+        self,
+        planned: ServerState,
+        start: Checkpoint,
+        record: RoundRecord,
+        after_client: Callable[[str], None],
+    ) -> Iterator[tuple[str, Upload]]:
+        """Yield the uploads that count; each download is made when its client's turn comes."""
+        downloads = self.downloads(planned, start, record.cohort, record.round_number, "train")
+        for delivery in self.transport.exchange(downloads):
+            upload, client_id = delivery.upload, delivery.client_id
+            expected = self.algorithm.expected(self.parts, planned, client_id)
+            reason = refusal(upload, expected, planned.tensors, self.cohort)
             if reason:
-                self._fail(record, delivery.client_id, reason)
+                self._fail(record, [client_id], reason)
             else:
-                record.clients.append(_client_line(delivery, record.round, self.predicted_bytes))
-                yield delivery.upload
-            after_client(delivery.client_id)
+                predicted = predict_round(self.algorithm, self.parts, planned, client_id)
+                record.clients.append(_client_line(delivery, record.round_number, predicted))
+                yield client_id, upload
+            after_client(client_id)
 
     def downloads(
-        self, state: ServerState, client_ids: Sequence[str], round: int, task: str
+        self, state: ServerState, reached: Checkpoint, client_ids: Sequence[str], round_number: int, task: str
     ) -> Iterator[tuple[str, Download]]:
-        """What each client is sent, made when it is its turn."""
+        """Yield what each client is sent, made when its turn comes."""
         for client_id in client_ids:
-            tensors = self.algorithm.download(state, client_id)
-            yield (
-                client_id,
-                Download(round=round, task=task, tensors=tensors, config_sha256=self.config_sha256),
+            download = Download(
+                round_number=round_number,
+                task=task,
+                sent=self.algorithm.download(state, client_id),
+                kept_round=reached.kept_rounds.get(client_id, 0),
+                config_sha256=self.config_sha256,
             )
+            yield client_id, download
 
-    def _fail(self, record: RoundRecord, client_id: str, reason: str) -> None:
-        if self.cohort.on_failure == "stop":
-            raise UserError(
-                f"round {record.round} is refused: client {client_id}: {reason} "
-                '(cohort.on_failure is "stop"; with "continue" the run goes on without that client\'s upload)'
-            )
-        logger.warning("round %d goes on without client %s: %s", record.round, client_id, reason)
-        record.failures.append({"round": record.round, "client": client_id, "reason": reason})
-
-
-def _refusal(upload: Upload, state: ServerState) -> str:
-    try:
-        check_upload(upload, state)
-    except UserError as error:
-        return f"upload refused: {error}"
-    return ""
+    def _fail(self, record: RoundRecord, client_ids: Sequence[str], reason: str) -> None:
+        round_number = record.round_number
+        for client_id in client_ids:
+            if self.cohort.on_failure == "stop":
+                raise UserError(
+                    f"round {round_number} is refused: client {client_id}: {reason} "
+                    '(cohort.on_failure is "stop"; with "continue" the run goes on without it)'
+                )
+            logger.warning("round %d goes on without client %s: %s", round_number, client_id, reason)
+            record.failures.append({"round": round_number, "client": client_id, "reason": reason})
 
 
-def _client_line(delivery: Delivery, round: int, predicted: PredictedBytes) -> dict[str, Any]:
-    """The client's line in clients.jsonl."""
+def _add_seconds(record: RoundRecord, total: float) -> None:
+    for client in record.clients:
+        for phase, seconds in client["seconds"].items():
+            record.seconds[phase] = record.seconds.get(phase, 0.0) + seconds
+    record.seconds["aggregate"] = max(total - math.fsum(record.seconds.values()), 0.0)
+    record.seconds["total"] = total
+
+
+def _client_line(delivery: Delivery, round_number: int, predicted: PredictedBytes) -> dict[str, Any]:
+    """Return the client's line in clients.jsonl."""
     upload = delivery.upload
-    report = {key: value for key, value in upload.report.items() if key != "seconds"}
+    own = {**upload.measured, **{name: table.tolist() for name, table in upload.tables.items()}}
     return {
-        "round": round,
+        "round": round_number,
         "client": delivery.client_id,
-        **upload.metrics,
-        **report,
+        **as_counts(upload.metrics),
+        "algorithm": own,
         "upload_bytes": delivery.upload_bytes,
         "upload_predicted": predicted.upload,
         "download_bytes": delivery.download_bytes,
         "download_predicted": predicted.download,
-        "seconds": {**upload.report.get("seconds", {}), **delivery.seconds},
+        "seconds": {**upload.seconds, **delivery.seconds},
     }
+
+
+def as_counts(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics with whole numbers where the name says that they are counts."""
+    return {name: int(value) if name.startswith("num_") else value for name, value in metrics.items()}

@@ -1,77 +1,155 @@
-"""What a client measures of its own models, where its data is."""
+"""Score a client's own models, where its data is."""
 
+import logging
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from fedexperts.algorithms.aggregation import load_tensors
+import torch
+from torch import Tensor
+
 from fedexperts.data.batches import encode_all, sequential_batches
 from fedexperts.data.examples import Example, Question
 from fedexperts.data.split import SPLITS, Split
 from fedexperts.evaluation.examples import evaluate_examples
 from fedexperts.evaluation.multiple_choice import score_exam
-from fedexperts.federation.personal import write_tensors
-from fedexperts.messages import Download, Upload
+from fedexperts.federation.personal import kept_sha256
+from fedexperts.federation.runtime import ClientRuntime
+from fedexperts.federation.snapshot import take_snapshot, write_snapshot
+from fedexperts.messages import Download, Sent, Upload
 from fedexperts.moe.observing.profile import count_tokens
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.undo import first_difference
 from fedexperts.run_directory import write_json
-from fedexperts.tensors import Tensors, sha256_of
+from fedexperts.tensors import Tensors
 
-if TYPE_CHECKING:
-    from fedexperts.federation.runtime import ClientRuntime
+logger = logging.getLogger(__name__)
 
 ADAPTED = "adapted.safetensors"
-"""File of a client's tensors after the local steps of the last evaluation."""
+"""File of a client's model after the local steps of the last evaluation."""
+
+SCORES = ("loss", "perplexity", "rougeL", "exact_match")
+TASKS = ("evaluate", "evaluate_fully", "evaluate_base")
+HASH = "personal_sha256"
+"""Beside an evaluation's metrics: SHA-256 of what the client keeps, uint8 (32,); zeros for nothing."""
+ROUTINGS = {"evaluate_base": ("routing_base",), "evaluate_fully": ("routing_global", "routing_personalised")}
+"""Beside the metrics of a task: tokens per expert, int64 (L, E); -1 where a layer has fewer experts."""
+_MISSING = -1.0
+"""In the matrix: the other client has no test example with a label."""
+_COUNTS = (
+    "num_test",
+    "num_test_truncated",
+    "num_test_without_label",
+    "num_prompts_cut",
+    *(f"num_{split}" for split in SPLITS),
+)
+
+
+def metric_names() -> frozenset[str]:
+    """Return all names that an evaluation's metrics may have."""
+    prefixes = {"test": "", "validation": "validation_"}
+    scores = (f"{prefix}{score}_{when}" for prefix in prefixes.values() for score in SCORES for when in _WHEN)
+    return frozenset({*scores, *_COUNTS, "exam_personalised"})
+
+
+_WHEN = ("base", "before", "after")
 
 
 class Scorer:
     """Scores a client's model before and after local steps on the client's own test split.
 
     *Before* is what the server sent plus what the client keeps. *After* is the same model after one more turn
-    of local steps, whose upload is thrown away and whose personal tensors are not kept.
+    of local steps, whose upload is thrown away and of which nothing is kept.
     """
 
-    def __init__(self, runtime: "ClientRuntime", questions: Sequence[Question]) -> None:
-        """``questions`` of the knowledge exam; none leaves it out."""
-        self._runtime, self._questions = runtime, questions
+    def __init__(self, runtime: ClientRuntime, questions: Sequence[Question]) -> None:
+        """Answer the runtime's evaluations; without ``questions`` there is no knowledge exam."""
+        self.runtime, self._questions = runtime, questions
+        runtime.evaluate = self.evaluate
+
+    def expected(self, task: str) -> Tensors:
+        """Return shapes and dtypes of what must stand beside a task's metrics."""
+        layers = self.runtime.parts.layers
+        experts = max(layer.num_experts for layer in layers)
+        due = {name: torch.empty(len(layers), experts, dtype=torch.int64) for name in ROUTINGS.get(task, ())}
+        if task != "evaluate_base":
+            due[HASH] = torch.empty(32, dtype=torch.uint8)
+        if task == "evaluate_fully":
+            due |= {
+                f"matrix_{score}": torch.empty(len(self.runtime.data.client_ids), dtype=torch.float64)
+                for score in self._matrix_scores()
+            }
+        return due
+
+    def _matrix_scores(self) -> tuple[str, ...]:
+        """Scores of the matrix of models by test splits, which only a process with all the data has."""
+        settings = self.runtime.settings.evaluation
+        has_others = len(self.runtime.data.client_ids) > 1
+        is_wanted = settings.matrix and settings.matrix_examples and has_others
+        return tuple(score for score in ("loss", "rougeL") if is_wanted and score in settings.metrics)
 
     def evaluate(self, client_id: str, download: Download) -> Upload:
-        """Scores as ``metrics``; with task ``evaluate_fully`` also matrix row, routing and exam."""
+        """Return scores as ``metrics``; with task ``evaluate_fully`` also matrix row, routing and exam."""
+        if download.task not in TASKS:
+            return Upload(failure=f"does not know the task {download.task!r}")
         if download.task == "evaluate_base":
             return self._evaluate_base(client_id)
-        runtime, fully = self._runtime, download.task == "evaluate_fully"
+        runtime, fully = self.runtime, download.task == "evaluate_fully"
         started = time.perf_counter()
-        personal = runtime.store.load(client_id, before_round=download.round)
-        report = self._routing_without_personal(client_id, download) if fully else {}
-        with runtime.turn(client_id, download.round) as client:
-            installed = runtime.algorithm.install(client, personal, download.tensors)
-            runtime.owned_by(client_id, installed, download.tensors)
+        kept = runtime.store.load(client_id, download.kept_round)
+        beside: Tensors = {HASH: _bytes_of(kept_sha256(kept))}
+        if fully:
+            with self.shared_model(download.sent):
+                beside["routing_global"] = self._routing(client_id)
+        with runtime.turn(client_id, download.round_number, "evaluate") as turn:
+            installed = runtime.algorithm.install(turn.client, kept, download.sent)
+            self._check_model(client_id, runtime.algorithm.holds(installed, download.sent))
             metrics = self._scores(client_id, "test", "before")
-        with runtime.turn(client_id, download.round) as client:
-            trained, personal_after = runtime.algorithm.client_update(client, personal, download.tensors)
-            runtime.owned_by(client_id, personal_after, trained.tensors)
+        with runtime.turn(client_id, download.round_number, "evaluate") as turn:
+            _, kept_after = runtime.algorithm.client_update(turn.client, kept, download.sent)
+            self._check_model(client_id, kept_after.parameters)
             metrics |= self._scores(client_id, "test", "after", keep_predictions=fully)
             metrics |= self._scores(client_id, "validation", "after")
             if fully:
-                report |= self._full_report(client_id, metrics)
-                adapted = runtime.adapted() | _extras(personal_after)
-                write_tensors(runtime.store.folder(client_id) / ADAPTED, adapted)
-        report |= self._facts(client_id, personal) | {"seconds": {"evaluate": time.perf_counter() - started}}
-        return Upload(metrics=metrics, report=report)
+                beside |= self._full_report(client_id, metrics)
+                snapshot = take_snapshot(runtime.parts, turn.undo.written)
+                write_snapshot(runtime.store.folder(client_id) / ADAPTED, snapshot)
+        sizes = {f"num_{split}": float(runtime.data.num_examples(client_id, split)) for split in SPLITS}
+        return Upload(
+            metrics=metrics | sizes,
+            beside=beside,
+            tables=runtime.algorithm.describe(kept),
+            seconds={"evaluate": time.perf_counter() - started},
+        )
+
+    def _check_model(self, client_id: str, expected: Mapping[str, Tensor]) -> None:
+        """Raise RuntimeError unless the model now holds ``expected``, bit for bit."""
+        found = seam.current(self.runtime.parts.model, expected)
+        name = first_difference(found, expected)
+        if name is not None:
+            raise RuntimeError(f"the model in place is not that of {client_id}: {name} differs")
+
+    @contextmanager
+    def shared_model(self, sent: Sent) -> Iterator[None]:
+        """Put what travels into the model, and nothing personal, for the length of a block."""
+        with self.runtime.untouched():
+            self.runtime.algorithm.install_shared(self.runtime.parts, sent)
+            yield
 
     def _evaluate_base(self, client_id: str) -> Upload:
-        """The untouched model on the client's test split; asked for before the first round only."""
-        self._runtime.clean()
+        """Score the pretrained model on the client's test split; asked for before the first round only."""
         metrics = self._scores(client_id, "test", "base")
-        return Upload(metrics=metrics, report={"routing_base": self._routing(client_id)})
+        return Upload(metrics=metrics, beside={"routing_base": self._routing(client_id)})
 
     def exam(self) -> dict[str, Any]:
-        """Accuracy of the model now in place; empty without an exam."""
+        """Return the accuracy of the model now in place; empty without an exam."""
         if not self._questions:
             return {}
-        settings = self._runtime.settings.evaluation
+        settings = self.runtime.settings.evaluation
         score = score_exam(
-            self._runtime.parts.model,
-            self._runtime.format,
+            self.runtime.parts.model,
+            self.runtime.format,
             self._questions,
             settings.batch_size,
             normalise=settings.exam.normalise,
@@ -82,22 +160,26 @@ class Scorer:
             "num_questions": score.num_questions,
         }
 
-    def _examples(self, client_id: str, split: Split, largest: int) -> list[Example]:
-        examples = self._runtime.data.examples(client_id, split)
-        return examples[:largest] if largest else examples
+    def _usable(self, client_id: str, split: Split, largest: int) -> list[Example]:
+        """The first examples of a split; none where not one of them has a label to score."""
+        examples = self.runtime.data.examples(client_id, split)
+        examples = examples[:largest] if largest else examples
+        return examples if encode_all(self.runtime.format, examples)[0] else []
 
     def _scores(
         self, client_id: str, split: Split, when: str, *, keep_predictions: bool = False
     ) -> dict[str, float]:
-        settings = self._runtime.settings.evaluation
-        examples = self._examples(client_id, split, settings.max_test_examples)
+        settings = self.runtime.settings.evaluation
+        examples = self._usable(client_id, split, settings.max_test_examples)
         if not examples:
-            return {}
-        scores = evaluate_examples(self._runtime.parts.model, self._runtime.format, examples, settings)
+            if split == "test":
+                logger.warning("client %s has no test example with a label: it has no scores", client_id)
+            return {"num_test": 0.0} if split == "test" else {}
+        scores = evaluate_examples(self.runtime.parts.model, self.runtime.format, examples, settings)
         prefix = "" if split == "test" else f"{split}_"
         metrics = {
             f"{prefix}{name}_{when}": float(value)
-            for name in ("loss", "perplexity", "rougeL", "exact_match")
+            for name in SCORES
             if (value := getattr(scores, name)) is not None
         }
         if split == "test":
@@ -112,66 +194,64 @@ class Scorer:
         return metrics
 
     def _keep_predictions(self, client_id: str, predictions: Sequence[Any]) -> None:
-        kept = predictions[: self._runtime.settings.evaluation.num_predictions]
+        kept = predictions[: self.runtime.settings.evaluation.num_predictions]
         records = [
             {"prompt": item.prompt, "response": item.response, "prediction": item.prediction} for item in kept
         ]
-        path = self._runtime.store.folder(client_id) / "predictions.json"
+        path = self.runtime.store.folder(client_id) / "predictions.json"
         write_json(path, {"client": client_id, "when": "after", "predictions": records})
 
-    def _full_report(self, client_id: str, metrics: dict[str, float]) -> dict[str, Any]:
-        settings = self._runtime.settings.evaluation
-        report: dict[str, Any] = {"routing_personalised": self._routing(client_id)}
-        if settings.exam.personalised and (exam := self.exam()):
+    def _full_report(self, client_id: str, metrics: dict[str, float]) -> Tensors:
+        if self.runtime.settings.evaluation.exam.personalised and (exam := self.exam()):
             metrics["exam_personalised"] = exam["accuracy"]
-        if settings.matrix and settings.matrix_examples:
-            report["matrix"] = self._matrix_row()
-        return report
+        return {"routing_personalised": self._routing(client_id), **self._matrix_row()}
 
-    def _matrix_row(self) -> dict[str, Any]:
-        """This model on every test split that lies on this machine; over a network, the client's alone."""
-        settings = self._runtime.settings.evaluation
-        row: dict[str, Any] = {"clients": [], "loss": [], "rougeL": []}
-        for other in self._runtime.data.client_ids:
-            examples = self._examples(other, "test", settings.matrix_examples)
-            scores = evaluate_examples(self._runtime.parts.model, self._runtime.format, examples, settings)
-            row["clients"].append(other)
-            row["loss"].append(scores.loss)
-            row["rougeL"].append(scores.rougeL)
-        return row
+    def _matrix_row(self) -> Tensors:
+        """Score this model on every client's test split."""
+        row: dict[str, list[float]] = {score: [] for score in self._matrix_scores()}
+        settings = self.runtime.settings.evaluation
+        for other in self.runtime.data.client_ids if row else ():
+            examples = self._usable(other, "test", settings.matrix_examples)
+            scores = (
+                evaluate_examples(self.runtime.parts.model, self.runtime.format, examples, settings)
+                if examples
+                else None
+            )
+            for score, values in row.items():
+                values.append(_MISSING if scores is None else float(getattr(scores, score)))
+        return {f"matrix_{score}": torch.tensor(values, dtype=torch.float64) for score, values in row.items()}
 
-    def _routing(self, client_id: str) -> list[list[int]]:
-        runtime = self._runtime
-        examples = self._examples(client_id, "test", runtime.settings.evaluation.max_test_examples)
+    def _routing(self, client_id: str) -> Tensor:
+        runtime = self.runtime
+        examples = self._usable(client_id, "test", runtime.settings.evaluation.max_test_examples)
         encoded, _ = encode_all(runtime.format, examples)
+        if not encoded:
+            counts = tuple(
+                torch.zeros(layer.num_experts, dtype=torch.int64) for layer in runtime.parts.layers
+            )
+            return _padded(counts)
         batches = sequential_batches(
             encoded,
             batch_size=runtime.settings.evaluation.batch_size,
             pad_token_id=runtime.format.pad_token_id,
         )
-        return [tokens_E.tolist() for tokens_E in count_tokens(runtime.parts.model, batches)]
-
-    def _routing_without_personal(self, client_id: str, download: Download) -> dict[str, Any]:
-        """Tokens per expert of the server's model on this client's test split, with nothing personal."""
-        self._runtime.clean()
-        load_tensors(self._runtime.parts.model, download.tensors)
-        routing = self._routing(client_id)
-        self._runtime.clean()
-        return {"routing_global": routing}
-
-    def _facts(self, client_id: str, personal: Tensors) -> dict[str, Any]:
-        runtime = self._runtime
-        facts: dict[str, Any] = {
-            f"num_{split}": runtime.data.num_examples(client_id, split) for split in SPLITS
-        }
-        chosen = {name: personal[name].tolist() for name in ("chosen_experts",) if name in personal}
-        return facts | chosen | {"personal_sha256": sha256_of(personal) if personal else ""}
+        return _padded(count_tokens(runtime.parts.model, batches))
 
 
-def _extras(personal: Tensors) -> Tensors:
-    """Personal tensors that are no parameters (which experts were copied), without the optimizer's."""
-    return {
-        name: tensor
-        for name, tensor in personal.items()
-        if "." not in name and not name.startswith("optimizer.")
-    }
+def _padded(counts_LE: Sequence[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(counts_LE), batch_first=True, padding_value=-1)
+
+
+def table_of(routing: Tensor) -> list[list[int]]:
+    """Return tokens per expert by layer, each layer as long as it has experts."""
+    return [[tokens for tokens in layer if tokens >= 0] for layer in routing.tolist()]
+
+
+def _bytes_of(sha256: str) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(sha256 or "00" * 32)), dtype=torch.uint8)
+
+
+def hash_of(beside: Mapping[str, Tensor]) -> str:
+    """Return the hash of what the client keeps, as text; empty if it keeps nothing."""
+    values = bytes(beside[HASH].tolist())
+    return values.hex() if any(values) else ""

@@ -1,9 +1,10 @@
-"""How downloads reach clients and uploads come back, whatever carries them."""
+"""Transport interface: send downloads to clients and receive their uploads."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from fedexperts.algorithms.api import ClientFacts
 from fedexperts.messages import Download, Upload
 
 
@@ -21,7 +22,7 @@ class TransportSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """What came back from one client, and the bytes that it took."""
+    """One client's answer, and the bytes of both messages."""
 
     client_id: str
     upload: Upload
@@ -34,11 +35,11 @@ class Transport(Protocol):
     """Carries one exchange at a time."""
 
     @property
-    def client_ids(self) -> tuple[str, ...]:
+    def clients(self) -> tuple[ClientFacts, ...]:
         """Everybody who can be reached, in a fixed order."""
 
     def exchange(self, downloads: Iterable[tuple[str, Download]]) -> Iterator[Delivery]:
-        """Send each client its download; give back what they answer **in the order of the downloads**.
+        """Send each client its download; yield their answers **in the order of the downloads**.
 
         A client that does not answer, or answers with what cannot be read, is delivered as an Upload with a
         ``failure``. The server holds one delivery at a time.

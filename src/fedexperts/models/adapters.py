@@ -7,9 +7,10 @@ PEFT wraps the chosen linear modules where they stand, so a parameter is called,
 :func:`remove_lora`, or keep LoRA in a folder of its own with :func:`save_adapter`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from fedexperts.errors import UserError
 from fedexperts.models.groups import attention_blocks, is_inside
 from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.undo import push_undo
 from fedexperts.seeds import derive_seed
 from fedexperts.tensors import Tensors, copy_of
 
@@ -99,6 +101,57 @@ def _start(name: str, parameter: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(derive_seed(seed, "lora", name))
     bound = parameter.shape[1] ** -0.5
     return torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+
+
+def add_adapter(model: nn.Module, settings: AdapterSettings, seed: int, name: str) -> tuple[str, ...]:
+    """Put a further LoRA adapter beside the first, on the same modules; its output is added.
+
+    Inside a client's turn it is undone at the end. Returns its parameters' names, A and B in turns.
+    """
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    trains = {path: parameter.requires_grad for path, parameter in model.named_parameters()}
+    holder = nn.Module()
+    holder.model = model
+    with torch.random.fork_rng(devices=[]):
+        targets = [f"model.{path}" for path in layers]
+        inject_adapter_in_model(lora_config(settings, targets), holder, adapter_name=name)
+    for module in layers.values():
+        module.set_adapter([*(one for one in _adapters_on(module) if one != name), name])
+    push_undo(lambda: _remove_adapter(layers.values(), name))
+    made = tuple(
+        path
+        for path, _ in model.named_parameters()
+        if f".lora_A.{name}." in path or f".lora_B.{name}." in path
+    )
+    for path, parameter in model.named_parameters():
+        if path in made:
+            parameter.data = _start(path, parameter, seed).to(parameter.device)
+        parameter.requires_grad_(trains.get(path, False))
+    return made
+
+
+def _remove_adapter(layers: Iterable[LoraLayer], name: str) -> None:
+    for module in layers:
+        if name in _adapters_on(module):
+            module.delete_adapter(name)
+            module.set_adapter(list(_adapters_on(module)))
+
+
+def _adapters_on(module: LoraLayer) -> tuple[str, ...]:
+    return tuple(cast(nn.ModuleDict, module.lora_A).keys())
+
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the LoRA adapters that are on, the first first; none without LoRA."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return next((_adapters_on(module) for module in layers), ())
+
+
+def lora_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of all LoRA parameters on non-expert modules, of every adapter."""
+    paths = [path for path, module in model.named_modules() if isinstance(module, LoraLayer)]
+    prefixes = tuple(f"{path}.lora_{half}." for path in paths for half in "AB")
+    return tuple(name for name, _ in model.named_parameters() if name.startswith(prefixes))
 
 
 def remove_lora(model: nn.Module, *, fold: bool) -> None:

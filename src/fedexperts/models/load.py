@@ -92,7 +92,7 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
         tokenizer = _load_tokenizer(embedded_folder(), settings)
         model = _random_model(settings.name.removeprefix(TINY_PREFIX), tokenizer, dtype, seed)
     else:
-        source = _source(settings)
+        source = source_of(settings)
         with _quiet_bars(is_local=isinstance(source, Path)):
             model = _load_checkpoint(source, settings, dtype)
             tokenizer = _load_tokenizer(source, settings)
@@ -120,7 +120,12 @@ def _device(settings: ModelSettings) -> torch.device:
     return torch.device("cuda" if is_cuda else "cpu")
 
 
-def _source(settings: ModelSettings) -> Path | str:
+def source_of(settings: ModelSettings) -> Path | str:
+    """Return the folder of a checkpoint, or its name on the hub.
+
+    Raises:
+        UserError: the name is neither.
+    """
     if settings.name == EMBEDDED:
         return embedded_folder()
     if _is_hub_name(settings.name):

@@ -4,7 +4,7 @@ Everything is asked of the code that runs: adapters and grafts are put on, exper
 few bits, the algorithm says what travels, and a dry run counts the rest.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -12,33 +12,31 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedexperts.algorithms.api import Algorithm, ModelParts, ServerState
-from fedexperts.algorithms.fedavg import FedAvg, FedAvgExperts
-from fedexperts.algorithms.flex import Flex
-from fedexperts.algorithms.local_only import LocalOnly
+from fedexperts.algorithms.api import Algorithm, Client, ClientFacts, ModelParts, ServerState, trained_names
 from fedexperts.costs.round import (
-    ADAM_BYTES,
-    PredictedBytes,
     PredictedMemory,
     memory_before_activations,
     predict_memory,
-    predict_round,
 )
+from fedexperts.costs.traffic import PredictedBytes, predict_round
 from fedexperts.errors import UserError
+from fedexperts.messages import Sent
 from fedexperts.models.adapters import ATTENTION, AdapterSettings, add_lora, find_targets
 from fedexperts.models.groups import count_parameters
 from fedexperts.moe.surgery import seam
-from fedexperts.moe.surgery.graft import graft
 from fedexperts.moe.surgery.low_bit import LowBitForm
 from fedexperts.moe.surgery.low_bit_bank import ExpertShapes, QuantizedBank
 from fedexperts.moe.surgery.seam import MoeLayer
 from fedexperts.moe.surgery.slots import SlotPlan, install_slots
 from fedexperts.plan.settings import PlanSettings
+from fedexperts.running.result import describe_parameters
 from fedexperts.tensors import num_bytes
 
 Precision = Literal["dense", "int8", "int4"]
 """Of frozen routed experts; ``dense`` is the model's own dtype."""
 PRECISIONS: tuple[Precision, ...] = ("dense", "int8", "int4")
+ADAM_BYTES = 2
+"""AdamW keeps two numbers for each trained one, of the parameter's own dtype."""
 MASTER_BYTES = 4
 """A tuned expert's weights and gradients, and each of AdamW's two numbers, are float32."""
 _BITS: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
@@ -151,58 +149,69 @@ class Counter:
         others = sum(number for group, number in self.parameters.items() if group != "routed_experts")
         return others * int(getattr(torch, self.settings.dtype).itemsize)
 
+    def _install(self) -> "_Installed":
+        """Build the model as a client of the method has it, Flux apart."""
+        model, algorithm = build(self._config, self.settings), self.settings.algorithm
+        adapter = adapter_for(model, self.settings.adapter)
+        lora_names = add_lora(model, adapter, 0)
+        parts = ModelParts(
+            model=model, layers=seam.find_moe_layers(model), lora_names=lora_names, adapter=adapter
+        )
+        client = _planned_client(parts, self.settings)
+        facts = ClientFacts(client_id=client.client_id, num_train=1)
+        state = algorithm.plan_round(algorithm.init(parts, (facts,)), (client.client_id,), 1)
+        sent = algorithm.download(state, client.client_id)
+        algorithm.install(client, algorithm.blank(parts), sent)
+        return _Installed(parts=parts, algorithm=algorithm, state=state, sent=sent)
+
     @cached_property
-    def _dressed(self) -> tuple[ModelParts, Algorithm]:
-        """The model as a client of the method has it, Flux apart."""
-        model = build(self._config, self.settings)
-        lora_names = add_lora(model, adapter_for(model, self.settings.adapter), 0)
-        parts = ModelParts(model=model, layers=seam.find_moe_layers(model), lora_names=lora_names)
-        if self.settings.method == "flex":
-            graft(parts.layers, [0] * len(parts.layers), self.settings.graft, 0)
-        return parts, _algorithm(self.settings)
+    def _installed(self) -> "_Installed":
+        return self._install()
+
+    @property
+    def trains_all_experts(self) -> bool:
+        """Whether the method trains the fused experts themselves, so that none of them is frozen."""
+        installed = self._installed
+        return not installed.trained.isdisjoint(
+            f"{layer.name}.{name}" for layer in installed.parts.layers for name in layer.parameter_names()
+        )
 
     @cached_property
     def trained(self) -> dict[str, int]:
-        """Numbers of trained parameters: those that travel, and those that stay with the client."""
-        parts, algorithm = self._dressed
-        travelling = seam.tensor_views(parts.model, algorithm.upload_names(parts))
-        personal = seam.tensor_views(parts.model, algorithm.personal_names(parts))
-        return {
-            "travelling": sum(tensor.numel() for tensor in travelling.values()),
-            "personal": sum(tensor.numel() for tensor in personal.values()),
-        }
+        """Numbers of parameters that travel, stay with the client, and train."""
+        one = self._installed
+        expected = one.algorithm.expected(one.parts, one.state, _PLANNED)
+        roles = describe_parameters(one.algorithm, one.parts, one.sent, expected)
+        return {role: roles[role] for role in ("travelling", "personal", "trained")}
 
     @cached_property
     def bytes(self) -> PredictedBytes:
         """Of one client in one round."""
-        parts, algorithm = self._dressed
-        tensors = seam.tensor_views(parts.model, algorithm.upload_names(parts))
-        return predict_round(algorithm, ServerState(round=0, tensors=tensors), parts)
+        one = self._installed
+        return predict_round(one.algorithm, one.parts, one.state, _PLANNED)
 
     @cached_property
     def before_activations(self) -> PredictedMemory:
         """With frozen experts in the model's dtype; activations are left out."""
-        parts, algorithm = self._dressed
-        return memory_before_activations(parts.model, _trained_names(parts, algorithm))
+        one = self._installed
+        return memory_before_activations(one.parts.model, sorted(one.trained), self.settings.training)
 
     @cached_property
     def memory(self) -> PredictedMemory:
         """With frozen experts in the model's dtype."""
-        parts, algorithm = self._dressed
-        names, settings = _trained_names(parts, algorithm), self.settings
-        return predict_memory(parts.model, names, settings.shape, settings.training)
+        return self._memory_of(self._installed)
+
+    def _memory_of(self, one: "_Installed") -> PredictedMemory:
+        settings = self.settings
+        return predict_memory(one.parts.model, sorted(one.trained), settings.shape, settings.training)
 
     @cached_property
     def rows_activations(self) -> int:
         """Activations where experts run from few bits, one at a time, instead of in one product."""
-        model = build(self._config, self.settings)
-        names = [*add_lora(model, adapter_for(model, self.settings.adapter), 0)]
-        layers = seam.find_moe_layers(model)
-        if self.settings.method == "flex":
-            names += graft(layers, [0] * len(layers), self.settings.graft, 0)
-        for layer in layers:
+        one = self._install()
+        for layer in one.parts.layers:
             _into_few_slots(layer, num_tuned=0)
-        return predict_memory(model, names, self.settings.shape, self.settings.training).activations
+        return self._memory_of(one).activations
 
     def tuned_activations(self, num_tuned: int) -> int:
         """Activations beside ``num_tuned`` tuned experts: at the fullest moment of forward and backward.
@@ -227,20 +236,38 @@ class Counter:
         return predict_memory(model, names, self.settings.shape, self.settings.training)
 
 
-def _algorithm(settings: PlanSettings) -> Algorithm:
-    if settings.method == "flex":
-        return Flex(graft=settings.graft)
-    plain: dict[str, Algorithm] = {
-        "fedavg": FedAvg(),
-        "fedavg_experts": FedAvgExperts(),
-        "local_only": LocalOnly(),
-    }
-    return plain[settings.method]
+_PLANNED = "client"
+"""Name of the client that a plan is made for."""
 
 
-def _trained_names(parts: ModelParts, algorithm: Algorithm) -> Sequence[str]:
-    names = (*algorithm.upload_names(parts), *algorithm.personal_names(parts))
-    return sorted(seam.fused_names(names))
+@dataclass(frozen=True, kw_only=True)
+class _Installed:
+    """A model as a client has it, and the round that it is planned for."""
+
+    parts: ModelParts
+    algorithm: Algorithm
+    state: ServerState
+    sent: Sent
+
+    @property
+    def trained(self) -> set[str]:
+        """Names of the parameters that local steps train."""
+        return set(trained_names(self.algorithm, self.parts, self.sent))
+
+
+def _planned_client(parts: ModelParts, settings: PlanSettings) -> Client:
+    """A client without data: a plan looks at sizes alone."""
+    return Client(
+        client_id=_PLANNED,
+        round_number=1,
+        num_rounds=1,
+        seed=0,
+        parts=parts,
+        training=settings.training,
+        num_train=1,
+        draw_batches=list,
+        calibration_batches=lambda largest: [],
+    )
 
 
 _FEW = 10

@@ -50,7 +50,7 @@ def least_bytes(counter: Counter, precision: Precision) -> int | None:
     """:func:`total_bytes` without activations, which takes no dry run."""
     if precision == "dense":
         return counter.before_activations.total
-    if counter.settings.method == "fedavg_experts":
+    if counter.trains_all_experts:
         return None
     experts = counter.experts
     saved = experts.number * (experts.bytes_each["dense"] - experts.bytes_each[precision])
@@ -61,15 +61,15 @@ def precisions_that_fit(counter: Counter, memory: int) -> list[Fit]:
     """The plan as it stands, for each precision of the frozen experts."""
     totals = ((name, total_bytes(counter, name)) for name in PRECISIONS)
     return [
-        Fit(what=_name(name, counter.settings), total=total, fits=total <= memory)
+        Fit(what=_name(name, counter), total=total, fits=total <= memory)
         for name, total in totals
         if total is not None
     ]
 
 
-def _name(precision: Precision, settings: PlanSettings) -> str:
-    held = "all weights" if settings.method == "fedavg_experts" else "frozen experts"
-    return f"{held} in {dtype_of(precision, settings)}"
+def _name(precision: Precision, counter: Counter) -> str:
+    held = "all weights" if counter.trains_all_experts else "frozen experts"
+    return f"{held} in {dtype_of(precision, counter.settings)}"
 
 
 def dtype_of(precision: Precision, settings: PlanSettings) -> str:
@@ -147,7 +147,7 @@ def _changed(what: str, counter: Counter, memory: int, precision: Precision) -> 
         return None
     total = total_bytes(counter, precision)
     assert total is not None, "it has a least"
-    return Fit(what=f"{what}, {_name(precision, counter.settings)}", total=total, fits=total <= memory)
+    return Fit(what=f"{what}, {_name(precision, counter)}", total=total, fits=total <= memory)
 
 
 def _as_flux(counter: Counter, memory: int) -> list[Fit]:

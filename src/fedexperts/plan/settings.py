@@ -1,18 +1,22 @@
-"""What ``fedexperts plan`` is asked."""
+"""Settings of ``fedexperts plan``."""
 
 import re
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args
 
+from fedexperts.algorithms import ALGORITHMS
+from fedexperts.algorithms.api import Algorithm
+from fedexperts.config.build import default_of, is_required
 from fedexperts.costs.dry_run import BatchShape
 from fedexperts.errors import UserError
 from fedexperts.models.adapters import AdapterSettings
 from fedexperts.models.load import Dtype
 from fedexperts.moe.surgery.graft import GraftForm
-from fedexperts.training.local_steps import TrainingSettings
+from fedexperts.training.settings import TrainingSettings
 
-Method = Literal["flex", "flux", "fedavg", "fedavg_experts", "local_only"]
-METHODS: tuple[str, ...] = get_args(Method)
+FLUX = "flux"
+"""The method that is planned by slots and budgets rather than by an algorithm's own account."""
+METHODS = (*ALGORITHMS, FLUX)
 
 _UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _AMOUNT = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[a-z]*)")
@@ -22,9 +26,8 @@ _AMOUNT = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[a-z]*)")
 class PlanSettings:
     """Method, memory and the sizes that they depend on; the defaults are FLEx's released ones."""
 
-    method: Method = "flex"
-    """``flex``, ``flux``, ``fedavg`` (LoRA), ``fedavg_experts`` (LoRA and all routed experts) or
-    ``local_only``."""
+    method: str = "flex"
+    """Name of an algorithm (docs/algorithms), or ``flux``."""
     memory: str = ""
     """What a client has, such as ``24GB`` (10^9 bytes) or ``24GiB`` (2^30); empty asks for no fit."""
     batch: int = 4
@@ -59,6 +62,18 @@ class PlanSettings:
             raise UserError(f'dtype is "{self.dtype}"; it must be one of {", ".join(get_args(Dtype))}')
         if self.memory:
             parse_memory(self.memory)
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The method with its defaults and ``graft``; a rate without a default changes no size."""
+        cls = ALGORITHMS[self.method]
+        values: dict[str, Any] = {}
+        for item in fields(cls):  # type: ignore[arg-type]
+            if item.name == "graft" and isinstance(default_of(item), GraftForm):
+                values[item.name] = self.graft
+            elif is_required(item):
+                values[item.name] = 1.0
+        return cls(**values)
 
     @property
     def shape(self) -> BatchShape:

@@ -1,8 +1,8 @@
-"""What a run would do, before it is run: clients, parameters, bytes and memory."""
+"""Check an experiment before it is run: clients, parameters, bytes and memory."""
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,18 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fedexperts.algorithms.api import trained_names
 from fedexperts.config.schema import RunConfig
 from fedexperts.costs.dry_run import BatchShape
-from fedexperts.costs.round import PredictedBytes, PredictedMemory, predict_memory, predict_round
+from fedexperts.costs.round import PredictedMemory, predict_memory
 from fedexperts.costs.stopwatch import Stopwatch
+from fedexperts.costs.traffic import PredictedBytes, predict_round
 from fedexperts.data.batches import BatchCounts, encode_all
 from fedexperts.data.prompts import Encoded
 from fedexperts.data.split import SPLITS
 from fedexperts.data.table import LabelRow, label_table
 from fedexperts.federation.cohort import draw_cohort
 from fedexperts.federation.personal import PersonalStore
-from fedexperts.moe.surgery import seam
 from fedexperts.running.result import describe_parameters
 from fedexperts.running.workbench import Workbench, open_workbench
 
@@ -47,8 +48,8 @@ class CheckReport:
     num_rounds: int
     parameters: dict[str, int]
     """By group, then ``travelling``, ``personal`` and ``trained``."""
-    bytes: PredictedBytes
-    """Per client and round."""
+    bytes: tuple[PredictedBytes, ...]
+    """Of each client of the first round."""
     memory: PredictedMemory
     """Of one client's turn."""
 
@@ -92,12 +93,13 @@ class CheckReport:
         note = "memory is that of tensors; a process and its allocator take more (docs/planning.md)"
         table = Table("predicted", "amount", title="Bytes and memory", caption=note)
         table.columns[1].justify = "right"
-        exchanges = self.cohort_size * self.num_rounds
-        table.add_row("upload, one client, one round", f"{self.bytes.upload:,} bytes")
-        table.add_row("download, one client, one round", f"{self.bytes.download:,} bytes")
+        for direction in ("upload", "download"):
+            sizes = [getattr(one, direction) for one in self.bytes]
+            least = f"{min(sizes):,} to " if min(sizes) < max(sizes) else ""
+            table.add_row(f"{direction}, one client, one round", f"{least}{max(sizes):,} bytes")
         table.add_row(
             f"both, {self.cohort_size} clients, {self.num_rounds} rounds",
-            f"{(self.bytes.upload + self.bytes.download) * exchanges:,} bytes",
+            f"{sum(one.upload + one.download for one in self.bytes) * self.num_rounds:,} bytes",
         )
         table.add_section()
         for name in ("weights", "gradients", "optimizer", "activations", "total"):
@@ -123,7 +125,9 @@ class CheckReport:
             "cohort_size": self.cohort_size,
             "rounds": self.num_rounds,
             "parameters": self.parameters,
-            "bytes_per_client_and_round": {"upload": self.bytes.upload, "download": self.bytes.download},
+            "bytes_by_client_of_round_1": [
+                {"upload": one.upload, "download": one.download} for one in self.bytes
+            ],
             "memory_bytes": {
                 "weights": self.memory.weights,
                 "gradients": self.memory.gradients,
@@ -143,16 +147,31 @@ def check_experiment(config: RunConfig) -> CheckReport:
     with open_workbench(config, Stopwatch()) as bench:
         clients = tuple(_facts(bench, row) for row in label_table(bench.data))
         cohort = draw_cohort(bench.data.client_ids, config.cohort, config.seed, 1)
-        runtime = bench.runtime(PersonalStore(Path(os.devnull)))
-        state = bench.algorithm.init(bench.parts)
-        with runtime.preview():
+        runtime, algorithm, parts = (
+            bench.scorer(PersonalStore(Path(os.devnull))).runtime,
+            bench.algorithm,
+            bench.parts,
+        )
+        state = replace(algorithm.init(parts, runtime.facts()), seed=config.seed)
+        state = algorithm.plan_round(state, cohort, 1)
+        sent = algorithm.download(state, cohort[0])
+        expected = algorithm.expected(parts, state, cohort[0])
+        with runtime.preview(sent):
             return CheckReport(
                 clients=clients,
                 cohort_size=len(cohort),
                 num_rounds=config.rounds,
-                parameters=describe_parameters(bench.algorithm, bench.parts),
-                bytes=predict_round(bench.algorithm, state, bench.parts),
-                memory=_memory(bench, clients),
+                parameters=describe_parameters(algorithm, parts, sent, expected),
+                bytes=tuple(predict_round(algorithm, parts, state, client_id) for client_id in cohort),
+                memory=predict_memory(
+                    parts.model,
+                    trained_names(algorithm, parts, sent),
+                    max(
+                        (facts.fullest_batch for facts in clients),
+                        key=lambda shape: (shape.length, shape.labels),
+                    ),
+                    config.training,
+                ),
             )
 
 
@@ -169,16 +188,6 @@ def _fullest_batch(encoded: Sequence[Encoded], batch_size: int) -> BatchShape:
         examples=batch_size,
         length=max((len(each.input_ids) for each in encoded), default=1),
         labels=max(1, sum(islice(cycle(labels or [0]), batch_size))),
-    )
-
-
-def _memory(bench: Workbench, clients: tuple[ClientFacts, ...]) -> PredictedMemory:
-    names = (*bench.algorithm.upload_names(bench.parts), *bench.algorithm.personal_names(bench.parts))
-    return predict_memory(
-        bench.parts.model,
-        sorted(seam.fused_names(names)),
-        max((facts.fullest_batch for facts in clients), key=lambda shape: (shape.length, shape.labels)),
-        bench.config.training,
     )
 
 

@@ -1,27 +1,32 @@
-"""One run from its configuration to its result: rounds, evaluation, and what is written down."""
+"""Run one experiment from its configuration to its result: rounds, evaluation, and files."""
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedexperts.algorithms.aggregation import load_tensors
 from fedexperts.algorithms.api import ModelParts, ServerState
 from fedexperts.config.load import config_sha256, difference, load_config, resolved_toml, to_table
 from fedexperts.config.schema import RunConfig
-from fedexperts.costs.round import predict_round
 from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.errors import UserError
-from fedexperts.federation.checkpoint import drop_unfinished_round, load_checkpoint, save_checkpoint
+from fedexperts.federation.checkpoint import (
+    Checkpoint,
+    drop_unfinished_round,
+    load_checkpoint,
+    save_checkpoint,
+)
+from fedexperts.federation.edge import evaluation_refusal
 from fedexperts.federation.flower_launch import run_with_flower
 from fedexperts.federation.inprocess import InProcess
-from fedexperts.federation.rounds import Federation, RoundRecord
+from fedexperts.federation.rounds import Federation, RoundRecord, as_counts
 from fedexperts.federation.runtime import ClientRuntime, Watcher
+from fedexperts.federation.scoring import HASH, Scorer, hash_of, metric_names, table_of
 from fedexperts.federation.transport import Transport
-from fedexperts.moe.surgery.seam import fused_names
+from fedexperts.messages import Upload
 from fedexperts.run_directory import (
     RunDirectory,
     append_lines,
@@ -34,7 +39,8 @@ from fedexperts.running.environment import describe_environment
 from fedexperts.running.progress import Progress
 from fedexperts.running.result import ResultParts, build_result, describe_parameters, mean_metrics
 from fedexperts.running.workbench import open_workbench, personal_store
-from fedexperts.training.local_steps import learning_rate_share
+from fedexperts.tensors import first_non_finite, sha256_of
+from fedexperts.training.settings import learning_rate_share
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +95,9 @@ def _run(config: RunConfig, run: RunDirectory, progress: Progress) -> dict[str, 
     progress.phase("loading data and model")
     with open_workbench(config, stopwatch) as bench:
         watcher = Watcher(client_started=progress.client_started, step_done=progress.step_done)
-        runtime = bench.runtime(personal_store(run.path), watcher)
+        scorer = bench.scorer(personal_store(run.path), watcher)
         write_json(run.environment, describe_environment(config.threads, str(device_of(bench.parts))))
-        return ServerRun(config, run, runtime, InProcess(runtime), progress, stopwatch).run()
+        return ServerRun(config, run, scorer, InProcess(scorer.runtime), progress, stopwatch).run()
 
 
 def device_of(parts: ModelParts) -> torch.device:
@@ -105,8 +111,8 @@ class ServerRun:
 
     config: RunConfig
     directory: RunDirectory
-    runtime: ClientRuntime
-    """On the server it gives the model and the exam; in process it is also every client's."""
+    scorer: Scorer
+    """On the server it gives the model and the exam; in process it also evaluates every client."""
     transport: Transport
     progress: Progress
     stopwatch: Stopwatch
@@ -114,38 +120,36 @@ class ServerRun:
     """Failures of evaluations; those of rounds are in rounds.jsonl."""
 
     def run(self) -> dict[str, Any]:
-        """All rounds that are left, the evaluation, and the result."""
-        checksum = frozen_checksum(self.runtime.parts, self.config)
-        state = self._start()
-        federation = self._federation(state)
+        """Run all rounds that are left, evaluate, and write the result."""
+        frozen = model_sha256(self.scorer.runtime.parts)
+        federation = self._federation()
+        reached = self._start(federation)
         with self.stopwatch.phase("rounds"):
-            state = federation.run(
-                state,
+            reached = federation.run(
+                reached,
                 before_round=self._before_round,
                 after_client=self.progress.client_done,
                 after_round=self._after_round(federation),
             )
         with self.stopwatch.phase("evaluation"):
-            scores = self._evaluate(federation, state, "evaluate_fully")
-            exam_global = self._global_exam(state)
-        with self.runtime.preview():
-            parameters = describe_parameters(self.config.algorithm, self.runtime.parts)
-        frozen_same = frozen_checksum(self.runtime.parts, self.config) == checksum
+            scores = self._evaluate(federation, reached, "evaluate_fully")
+            exam_global = self._global_exam(reached.state)
+        frozen_same = model_sha256(self.scorer.runtime.parts) == frozen
         if not frozen_same:
-            logger.error("frozen parameters of the base model changed during the run: its figures are void")
+            logger.error("the pretrained model changed during the run: its figures are void")
         result = build_result(
             ResultParts(
                 name=self.directory.path.name,
                 config=to_table(self.config),
-                state=state,
+                state=reached.state,
                 scores=scores,
                 base=read_json(self.directory.base),
                 exam_global=exam_global,
                 rounds=read_lines(self.directory.rounds),
                 clients=read_lines(self.directory.clients),
                 unscored=self.unscored,
-                labels=self.runtime.data.label_counts(),
-                parameters=parameters,
+                labels=self.scorer.runtime.data.label_counts(),
+                parameters=self._parameters(reached.state),
                 frozen_unchanged=frozen_same,
                 seconds=self._seconds(),
             )
@@ -153,98 +157,109 @@ class ServerRun:
         write_json(self.directory.result, result)
         return result
 
-    def _start(self) -> ServerState:
-        """The state to go on from; at the very beginning also the figures of the untouched model."""
-        state = load_checkpoint(self.directory)
-        if state is None:
-            self.runtime.clean()
-            state = self.config.algorithm.init(self.runtime.parts)
-            with self.stopwatch.phase("evaluation"):
-                self._score_base(state)
-            save_checkpoint(self.directory, state)
-        drop_unfinished_round(self.directory, state.round)
-        self.runtime.store.forget_after(state.round)
-        self.progress.start(self.config.rounds, state.round + 1)
-        return state
+    def _parameters(self, state: ServerState) -> dict[str, int]:
+        """Parameters of the model as the first client has it."""
+        runtime, client_id = self.scorer.runtime, state.clients[0].client_id
+        sent = self.config.algorithm.download(state, client_id)
+        expected = self.config.algorithm.expected(runtime.parts, state, client_id)
+        with runtime.preview(sent):
+            return describe_parameters(self.config.algorithm, runtime.parts, sent, expected)
 
-    def _score_base(self, state: ServerState) -> None:
-        """Figures of the untouched model, before the first round and never again."""
-        exam = self.runtime.scorer.exam()
-        clients = self._evaluate(self._federation(state), state, "evaluate_base")
+    def _start(self, federation: Federation) -> Checkpoint:
+        """Return the state to go on from; at the very beginning also score the pretrained model."""
+        reached = load_checkpoint(self.directory)
+        if reached is None:
+            state = self.config.algorithm.init(self.scorer.runtime.parts, self.transport.clients)
+            bad = first_non_finite({**state.tensors, **state.beside})
+            if bad is not None:
+                raise UserError(f"the algorithm starts with a tensor {bad!r} that is not finite")
+            reached = Checkpoint(state=replace(state, seed=self.config.seed))
+            with self.stopwatch.phase("evaluation"):
+                self._score_base(federation, reached)
+            save_checkpoint(self.directory, reached)
+        drop_unfinished_round(self.directory, reached.state.round_number)
+        self.progress.start(self.config.rounds, reached.state.round_number + 1)
+        return reached
+
+    def _score_base(self, federation: Federation, reached: Checkpoint) -> None:
+        """Score the pretrained model, before the first round and never again."""
+        exam = self.scorer.exam()
+        clients = self._evaluate(federation, reached, "evaluate_base")
         write_json(self.directory.base, {"exam": exam, "clients": clients})
 
-    def _federation(self, state: ServerState) -> Federation:
+    def _federation(self) -> Federation:
         config = self.config
         return Federation(
             algorithm=config.algorithm,
+            parts=self.scorer.runtime.parts,
             transport=self.transport,
             cohort=config.cohort,
             num_rounds=config.rounds,
             seed=config.seed,
             config_sha256=config_sha256(config),
-            predicted_bytes=predict_round(config.algorithm, state, self.runtime.parts),
-            lr_of_round=lambda round: (
-                config.training.lr * learning_rate_share(round, config.rounds, config.training)
+            lr_of_round=lambda round_number: (
+                config.training.lr * learning_rate_share(round_number, config.rounds, config.training)
             ),
         )
 
-    def _before_round(self, round: int, cohort: Sequence[str]) -> None:
-        self.progress.round_started(round, len(cohort))
+    def _before_round(self, round_number: int, cohort: Sequence[str]) -> None:
+        self.progress.round_started(round_number, len(cohort))
 
-    def _after_round(self, federation: Federation) -> Callable[[ServerState, RoundRecord], None]:
-        def after_round(state: ServerState, record: RoundRecord) -> None:
-            line = record.line(state)
-            every = self.config.evaluation.every
-            if every and state.round % every == 0 and state.round < self.config.rounds:
-                line["evaluation"] = self._interim(federation, state)
+    def _after_round(self, federation: Federation) -> Callable[[Checkpoint, RoundRecord], None]:
+        def after_round(reached: Checkpoint, record: RoundRecord) -> None:
+            line, every = record.line(reached.state), self.config.evaluation.every
+            if every and record.round_number % every == 0 and record.round_number < self.config.rounds:
+                line["evaluation"] = self._interim(federation, reached)
             append_lines(self.directory.clients, record.clients)
             append_lines(self.directory.rounds, [line])
-            save_checkpoint(self.directory, state)
-            self.progress.round_finished(record.round, line)
+            save_checkpoint(self.directory, reached)
+            self.progress.round_finished(record.round_number, line)
 
         return after_round
 
-    def _interim(self, federation: Federation, state: ServerState) -> dict[str, Any]:
+    def _interim(self, federation: Federation, reached: Checkpoint) -> dict[str, Any]:
         with self.stopwatch.phase("evaluation"):
-            scores = self._evaluate(federation, state, "evaluate")
-            exam = self._global_exam(state)
+            scores = self._evaluate(federation, reached, "evaluate")
+            exam = self._global_exam(reached.state)
         means = mean_metrics([client["metrics"] for client in scores.values()])
         return means | ({"exam_global": exam["accuracy"]} if exam else {})
 
-    def _evaluate(self, federation: Federation, state: ServerState, task: str) -> dict[str, dict[str, Any]]:
-        """Every client's scores, not the cohort's alone, by client."""
+    def _evaluate(self, federation: Federation, reached: Checkpoint, task: str) -> dict[str, dict[str, Any]]:
+        """Return every client's scores, not the cohort's alone, by client."""
+        state = reached.state
+        clients = [facts.client_id for facts in state.clients]
+        state = self.config.algorithm.plan_round(state, clients, state.round_number + 1)
+        expected, names = self.scorer.expected(task), metric_names()
         scores = {}
-        clients = self.transport.client_ids
         self.progress.phase(f"evaluating {len(clients)} clients")
-        downloads = federation.downloads(state, clients, state.round + 1, task)
+        downloads = federation.downloads(state, reached, clients, state.round_number + 1, task)
         for done, delivery in enumerate(self.transport.exchange(downloads), start=1):
-            if delivery.upload.failure:
-                self._miss(delivery.client_id, state.round, delivery.upload.failure)
+            reason = evaluation_refusal(delivery.upload, expected, names)
+            if reason:
+                self._miss(delivery.client_id, state.round_number, reason)
             else:
-                metrics, report = delivery.upload.metrics, delivery.upload.report
-                scores[delivery.client_id] = {"metrics": metrics, "report": report}
+                scores[delivery.client_id] = client_scores(delivery.upload)
             self.progress.advance_phase(done, len(clients))
         if not scores:
-            raise UserError(f"no client could be evaluated after round {state.round}")
+            raise UserError(f"no client could be evaluated after round {state.round_number}")
         return scores
 
-    def _miss(self, client_id: str, round: int, reason: str) -> None:
-        """A client without scores is left out of the means, and named; or it stops the run."""
+    def _miss(self, client_id: str, round_number: int, reason: str) -> None:
+        """Leave a client without scores out of the means, by name; or stop the run."""
         if self.config.cohort.on_failure == "stop":
-            raise UserError(f"evaluating client {client_id} after round {round}: {reason}")
-        logger.warning("client %s has no scores after round %d: %s", client_id, round, reason)
-        self.unscored.append({"round": round, "client": client_id, "reason": f"not evaluated: {reason}"})
+            raise UserError(f"evaluating client {client_id} after round {round_number}: {reason}")
+        logger.warning("client %s has no scores after round %d: %s", client_id, round_number, reason)
+        self.unscored.append(
+            {"round": round_number, "client": client_id, "reason": f"not evaluated: {reason}"}
+        )
 
     def _global_exam(self, state: ServerState) -> dict[str, Any]:
-        """The exam of the server's model: what travels, and nothing personal."""
-        self.runtime.clean()
-        load_tensors(self.runtime.parts.model, state.tensors)
-        exam = self.runtime.scorer.exam()
-        self.runtime.clean()
-        return exam
+        """Return the exam of the server's model: what travels, and nothing personal."""
+        with self.scorer.shared_model(self.config.algorithm.server_model(state)):
+            return self.scorer.exam()
 
     def _seconds(self) -> dict[str, float]:
-        """Wall-clock seconds of this process by phase; a resumed run counts its rounds from the log."""
+        """Return wall-clock seconds of this process by phase; a resumed run's rounds come from the log."""
         measured = dict(self.stopwatch.seconds)
         rounds = measured.pop("rounds", 0.0)
         lines = read_lines(self.directory.rounds)
@@ -255,12 +270,15 @@ class ServerRun:
         return measured | {"rounds": rounds, "total": self.stopwatch.total()}
 
 
-def frozen_checksum(parts: ModelParts, config: RunConfig) -> int:
-    """A sum over the bits of every parameter that no client may change; any single change shows."""
-    free = set(parts.lora_names) | fused_names(config.algorithm.upload_names(parts))
-    total = 0
-    for name, parameter in parts.model.named_parameters():
-        if name not in free:
-            bits = parameter.detach().reshape(-1).view(torch.uint8)
-            total = (total * 31 + int(bits.sum(dtype=torch.int64))) % (1 << 61)
-    return total
+def client_scores(upload: Upload) -> dict[str, Any]:
+    """Return what base.json and result.json keep of one client's evaluation."""
+    matrix = {name: tensor.tolist() for name, tensor in upload.beside.items() if name.startswith("matrix_")}
+    own = {**upload.measured, **{name: table.tolist() for name, table in upload.tables.items()}}
+    scores: dict[str, Any] = {"metrics": as_counts(upload.metrics), "algorithm": own, "matrix": matrix}
+    scores["routing"] = {n: table_of(t) for n, t in upload.beside.items() if n.startswith("routing_")}
+    return scores | ({"personal_sha256": hash_of(upload.beside)} if HASH in upload.beside else {})
+
+
+def model_sha256(parts: ModelParts) -> str:
+    """Hash the whole resident model between turns: no client may leave a trace in it."""
+    return sha256_of(dict(parts.model.named_parameters()), dict(parts.model.named_buffers()))

@@ -1,43 +1,40 @@
-"""A client's personalised model out of a run, and back: generation, export, reload.
+"""Take a model out of a run, and load it again: generation, export, reload.
 
-An exported folder holds ``fedexperts.json`` (what it is), ``adapter/`` (LoRA as PEFT writes it, which plain
-PEFT loads), ``graft.safetensors`` (FLEx's experts and gates) and ``experts.safetensors`` (where experts were
-trained).
+An exported folder holds ``fedexperts.json`` (a description), ``adapter/`` (LoRA as PEFT writes it, which
+plain PEFT loads) and, where there are any, ``experts.safetensors`` (grafts, experts, further adapters).
 """
 
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
-
-from fedexperts.algorithms.aggregation import load_tensors
 from fedexperts.algorithms.api import ModelParts
-from fedexperts.algorithms.flex import CHOSEN, Flex
 from fedexperts.config.load import load_config
 from fedexperts.config.schema import RunConfig
+from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.data.examples import Example
-from fedexperts.data.prompts import PromptFormat
+from fedexperts.data.federated import no_data
 from fedexperts.errors import UserError
 from fedexperts.evaluation.generate import generate_greedily
-from fedexperts.federation.checkpoint import load_checkpoint
-from fedexperts.federation.personal import PersonalStore, read_tensors, write_tensors
+from fedexperts.federation.checkpoint import Checkpoint, load_checkpoint
+from fedexperts.federation.personal import read_tensors, write_tensors
 from fedexperts.federation.scoring import ADAPTED
+from fedexperts.federation.snapshot import Snapshot, install_snapshot, read_snapshot, take_snapshot
 from fedexperts.models.adapters import AdapterSettings, add_lora, load_adapter, remove_lora, save_adapter
 from fedexperts.models.load import ModelSettings, load_model
-from fedexperts.moe.surgery.graft import GraftForm, graft
-from fedexperts.moe.surgery.seam import addition_name
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.undo import undone
 from fedexperts.run_directory import RunDirectory, read_json, write_json
-from fedexperts.running.workbench import build_parts
-from fedexperts.tensors import Tensors
+from fedexperts.running.workbench import Workbench, open_workbench, personal_store
 
-logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of an exported folder."""
 
 When = Literal["before", "after"]
+BASE, SERVER = "base", "server"
+"""Models that belong to no client: the pretrained one, and the server's after the last round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,100 +45,102 @@ class PersonalisedModel:
     tokenizer: Any
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Own:
-    """A client's tensors: LoRA and experts by name, grafts by name, and which experts were copied."""
-
-    shared: Tensors
-    grafts: Tensors
-    chosen: list[int]
+def _config_of(run: RunDirectory) -> RunConfig:
+    if not run.config.exists():
+        raise UserError(f"{run.path} holds no run (no config.toml)")
+    return load_config(run.config)
 
 
-def _client_tensors(run: RunDirectory, client_id: str, when: When) -> Tensors:
-    """All tensors that make the client's model differ from the pretrained one."""
+def model_of_run(run: RunDirectory, bench: Workbench, who: str, when: When) -> Snapshot:
+    """Return a model of a run: of the client ``who``, the server's, or the pretrained one.
+
+    Raises:
+        UserError: there is no such client, or the run has not come that far.
+    """
+    parts, algorithm = bench.parts, bench.algorithm
+    if who == BASE:
+        return Snapshot(tensors={})
+    if who == SERVER:
+        with undone(parts.model, parts.layers, parts.originals) as undo:
+            algorithm.install_shared(parts, algorithm.server_model(_state_of(run).state))
+            return take_snapshot(parts, undo.written)
+    _refuse_unknown(run, who)
+    if when == "before":
+        return _before(run, bench, who)
+    adapted = run.client_folders / who / ADAPTED
+    if not adapted.exists():
+        raise UserError(f"run {run.path} is not finished: it has no model of {who} after local steps")
+    return read_snapshot(adapted)
+
+
+def _refuse_unknown(run: RunDirectory, client_id: str) -> None:
     clients = sorted(path.name for path in run.client_folders.glob("*") if path.is_dir())
     if client_id not in clients:
         raise UserError(f"client {client_id!r} is not in {run.path}: it must be one of {', '.join(clients)}")
-    adapted = run.client_folders / client_id / ADAPTED
-    if when == "after":
-        if not adapted.exists():
-            raise UserError(
-                f"run {run.path} is not finished: it has no model of {client_id} after local steps"
-            )
-        return read_tensors(adapted)
-    state = load_checkpoint(run)
-    if state is None:
+
+
+def _state_of(run: RunDirectory) -> Checkpoint:
+    reached = load_checkpoint(run)
+    if reached is None:
         raise UserError(f"run {run.path} has no finished round")
-    personal = PersonalStore(run.client_folders).load(client_id, before_round=state.round + 1)
-    if not personal and not state.tensors:
+    return reached
+
+
+def _before(run: RunDirectory, bench: Workbench, client_id: str) -> Snapshot:
+    """Install what the server would send and what the client keeps; no data is needed."""
+    reached, runtime = _state_of(run), bench.scorer(personal_store(run.path)).runtime
+    kept_round = reached.kept_rounds.get(client_id, 0)
+    if not kept_round:
         raise UserError(f"client {client_id} has taken part in no round of {run.path}")
-    return state.tensors | {
-        name: tensor for name, tensor in personal.items() if not name.startswith("optimizer.")
-    }
+    kept = runtime.store.load(client_id, kept_round)
+    planned = bench.algorithm.plan_round(reached.state, [client_id], reached.state.round_number + 1)
+    sent = bench.algorithm.download(planned, client_id)
+    with runtime.installed(client_id, kept, sent) as undo:
+        return take_snapshot(bench.parts, undo.written)
 
 
-def _split(tensors: Tensors) -> _Own:
-    return _Own(
-        shared={n: t for n, t in tensors.items() if ".graft." not in n and n != CHOSEN},
-        grafts={n: t for n, t in tensors.items() if ".graft." in n},
-        chosen=tensors[CHOSEN].tolist() if CHOSEN in tensors else [],
-    )
-
-
-def _put_in(parts: ModelParts, own: _Own, form: GraftForm, seed: int) -> None:
-    names = tuple(own.grafts)
-    layers = [layer for layer in parts.layers if any(n.startswith(f"{addition_name(layer)}.") for n in names)]
-    graft(layers, own.chosen, form, seed)
-    load_tensors(parts.model, own.shared | own.grafts)
-
-
-def _form(config: RunConfig) -> GraftForm:
-    return config.algorithm.graft if isinstance(config.algorithm, Flex) else GraftForm()
-
-
-def personalised_of_run(
-    run_directory: Path, client_id: str, when: When
-) -> tuple[PersonalisedModel, RunConfig]:
-    """The model of ``client_id`` as the run left it: before, or after, the local steps of the evaluation.
+@contextmanager
+def opened_model(
+    run_directory: Path, who: str, when: When
+) -> Iterator[tuple[Workbench, Snapshot, RunConfig]]:
+    """Open a run without its data, and the model of ``who``, put into the resident one for the block.
 
     Raises:
         UserError: no such run or client, or the run has not come that far.
     """
     run = RunDirectory(run_directory)
-    if not run.config.exists():
-        raise UserError(f"{run_directory} holds no run (no config.toml)")
-    config = load_config(run.config)
-    own = _split(_client_tensors(run, client_id, when))
-    parts, tokenizer = build_parts(config)
-    _put_in(parts, own, _form(config), config.seed)
-    return PersonalisedModel(model=parts.model, tokenizer=tokenizer), config
+    config = _config_of(run)
+    with open_workbench(config, Stopwatch(), data=no_data()) as bench:
+        snapshot = model_of_run(run, bench, who, when)
+        install_snapshot(bench.parts, snapshot)
+        yield bench, snapshot, config
 
 
 def generate_text(
-    run_directory: Path, client_id: str, prompt: str, *, when: When = "after", context: str = ""
+    run_directory: Path, who: str, prompt: str, *, when: When = "after", context: str = ""
 ) -> str:
-    """What the personalised model of ``client_id`` answers, greedily."""
-    personalised, config = personalised_of_run(run_directory, client_id, when)
-    format = PromptFormat(personalised.tokenizer, config.data.template, config.data.max_tokens)
-    answer = generate_greedily(
-        personalised.model,
-        [format.encode_prompt(Example(instruction=prompt, context=context, response=""))],
-        max_new_tokens=config.evaluation.max_new_tokens,
-        batch_size=1,
-        eos_token_id=format.eos_token_id,
-        pad_token_id=format.pad_token_id,
-    )[0]
-    return str(personalised.tokenizer.decode(list(answer.token_ids), skip_special_tokens=True))
+    """Return the greedy answer of a run's model: of the client ``who``, or ``base`` or ``server``."""
+    with opened_model(run_directory, who, when) as (bench, _, config):
+        format = bench.format
+        answer = generate_greedily(
+            bench.parts.model,
+            [format.encode_prompt(Example(instruction=prompt, context=context, response=""))],
+            max_new_tokens=config.evaluation.max_new_tokens,
+            batch_size=1,
+            eos_token_id=format.eos_token_id,
+            pad_token_id=format.pad_token_id,
+        )[0]
+        return str(format.tokenizer.decode(list(answer.token_ids), skip_special_tokens=True))
 
 
 def export_client(
-    run_directory: Path, client_id: str, to: Path, *, when: When = "after", as_checkpoint: bool = False
+    run_directory: Path, who: str, to: Path, *, when: When = "after", as_checkpoint: bool = False
 ) -> Path:
-    """Write the personalised model of ``client_id`` to the new folder ``to``.
+    """Write a model of a run to the new folder ``to``.
 
     Args:
         run_directory: a run.
-        client_id: one of its clients.
+        who: one of its clients, or ``base`` or ``server``.
         to: a folder that does not exist, or is empty.
         when: before or after the local steps of the last evaluation.
         as_checkpoint: write one plain checkpoint that transformers loads alone, LoRA folded in.
@@ -152,83 +151,70 @@ def export_client(
     """
     if to.exists() and any(to.iterdir()):
         raise UserError(f"output folder {to} is already in use")
-    run = RunDirectory(run_directory)
-    if not run.config.exists():
-        raise UserError(f"{run_directory} holds no run (no config.toml)")
-    config = load_config(run.config)
-    own = _split(_client_tensors(run, client_id, when))
-    if as_checkpoint:
-        return _export_checkpoint(config, own, client_id, to)
-    model_name = config.model.name
-    base = str(Path(model_name).resolve()) if Path(model_name).is_dir() else model_name
-    lora = {name: tensor for name, tensor in own.shared.items() if ".lora_" in name}
-    experts = {name: tensor for name, tensor in own.shared.items() if ".lora_" not in name}
-    to.mkdir(parents=True, exist_ok=True)
-    save_adapter(to / "adapter", lora, config.adapter, base)
-    if own.grafts:
-        write_tensors(to / "graft.safetensors", own.grafts)
-    if experts:
-        write_tensors(to / "experts.safetensors", experts)
-    write_json(
-        to / "fedexperts.json",
-        {
-            "format_version": FORMAT_VERSION,
-            "client": client_id,
-            "when": when,
-            "model": asdict(config.model) | {"name": base},
-            "adapter": asdict(config.adapter),
-            "chosen_experts": own.chosen,
-            "graft": asdict(_form(config)) if own.chosen else None,
-            "template": config.data.template,
-            "max_tokens": config.data.max_tokens,
-            "seed": config.seed,
-        },
-    )
+    with opened_model(run_directory, who, when) as (bench, snapshot, config):
+        if as_checkpoint:
+            return _export_checkpoint(bench, snapshot, who, to)
+        name = config.model.name
+        base = str(Path(name).resolve()) if Path(name).is_dir() else name
+        default = {n: t for n, t in snapshot.tensors.items() if n in bench.parts.lora_names}
+        rest = {n: t for n, t in snapshot.tensors.items() if n not in default}
+        to.mkdir(parents=True, exist_ok=True)
+        save_adapter(
+            to / "adapter",
+            default or seam.current(bench.parts.model, bench.parts.lora_names),
+            config.adapter,
+            base,
+        )
+        if rest:
+            write_tensors(to / "experts.safetensors", rest)
+        write_json(to / "fedexperts.json", _record(config, snapshot, who, when, base))
     return to
 
 
-def _export_checkpoint(config: RunConfig, own: _Own, client_id: str, to: Path) -> Path:
-    if own.chosen:
+def _record(config: RunConfig, snapshot: Snapshot, who: str, when: When, base: str) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "client": who,
+        "when": when,
+        "model": asdict(config.model) | {"name": base},
+        "adapter": asdict(config.adapter),
+        **snapshot.notes(),
+        "template": config.data.template,
+        "max_tokens": config.data.max_tokens,
+        "seed": config.seed,
+    }
+
+
+def _export_checkpoint(bench: Workbench, snapshot: Snapshot, who: str, to: Path) -> Path:
+    if snapshot.grafts:
         raise UserError(
-            f"the model of {client_id} has grafted experts, which a plain checkpoint of {config.model.name} "
+            f"the model of {who} has grafted experts, which a plain checkpoint of {bench.config.model.name} "
             "cannot express: export it without --checkpoint"
         )
-    parts, tokenizer = build_parts(config)
-    load_tensors(parts.model, own.shared)
-    remove_lora(parts.model, fold=True)
-    cast(Any, parts.model).save_pretrained(to)
-    tokenizer.save_pretrained(to)
+    remove_lora(bench.parts.model, fold=True)
+    cast(Any, bench.parts.model).save_pretrained(to)
+    bench.format.tokenizer.save_pretrained(to)
     return to
 
 
 def load_personalised(directory: str | Path) -> PersonalisedModel:
-    """The model that :func:`export_client` wrote to ``directory``: the same logits, bit for bit.
+    """Return the model that :func:`export_client` wrote to ``directory``: the same logits, bit for bit.
 
     Raises:
-        UserError: the folder is no such export, or is of a newer version.
+        UserError: the folder is no such export, or is of another version.
     """
     directory = Path(directory)
     record = read_json(directory / "fedexperts.json")
     if record.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{directory} has export format {record.get('format_version')}, not {FORMAT_VERSION}")
-    adapter = record["adapter"] | {"target_modules": tuple(record["adapter"]["target_modules"])}
-    loaded = load_model(ModelSettings(**record["model"]), record["seed"])
-    lora_names = add_lora(loaded.model, AdapterSettings(**adapter), record["seed"])
-    parts = ModelParts(model=loaded.model, layers=loaded.layers, lora_names=lora_names)
-    own = _Own(
-        shared=_read_shared(directory),
-        grafts=_read_if_there(directory / "graft.safetensors"),
-        chosen=record["chosen_experts"],
+    adapter = AdapterSettings(
+        **record["adapter"] | {"target_modules": tuple(record["adapter"]["target_modules"])}
     )
-    with torch.no_grad():
-        _put_in(parts, own, GraftForm(**(record["graft"] or {})), record["seed"])
+    loaded = load_model(ModelSettings(**record["model"]), record["seed"])
+    lora_names = add_lora(loaded.model, adapter, record["seed"])
+    parts = ModelParts(model=loaded.model, layers=loaded.layers, lora_names=lora_names, adapter=adapter)
+    rest = directory / "experts.safetensors"
+    tensors = load_adapter(directory / "adapter") | (read_tensors(rest) if rest.exists() else {})
+    snapshot = Snapshot(tensors=tensors, grafts=tuple(record["grafts"]), adapters=tuple(record["adapters"]))
+    install_snapshot(parts, snapshot)
     return PersonalisedModel(model=parts.model, tokenizer=loaded.tokenizer)
-
-
-def _read_shared(directory: Path) -> Tensors:
-    lora = load_adapter(directory / "adapter")
-    return lora | _read_if_there(directory / "experts.safetensors")
-
-
-def _read_if_there(path: Path) -> Tensors:
-    return read_tensors(path) if path.exists() else {}

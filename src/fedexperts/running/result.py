@@ -1,16 +1,17 @@
-"""``result.json``: every figure of one run, from what the run left behind. Schema: docs/run_directory.md."""
+"""Make ``result.json``, every figure of one run, from what the run left behind (docs/run_directory.md)."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedexperts.algorithms.api import Algorithm, ModelParts, ServerState
+from fedexperts.algorithms.api import Algorithm, ModelParts, ServerState, trained_names
 from fedexperts.evaluation.routing import balance_std, normalised_entropy
+from fedexperts.federation.checkpoint import state_sha256
+from fedexperts.messages import Expected, Sent
 from fedexperts.models.groups import count_parameters
 from fedexperts.moe.surgery.seam import tensor_views
 from fedexperts.run_directory import SCHEMA_VERSION
-from fedexperts.tensors import sha256_of
 
 Json = dict[str, Any]
 
@@ -26,7 +27,7 @@ class ResultParts:
     config: Json
     state: ServerState
     scores: Mapping[str, Json]
-    """By client: ``metrics`` and ``report`` of the last evaluation."""
+    """By client: metrics, routing, matrix row and the algorithm's own figures of the last evaluation."""
     base: Json
     exam_global: Json
     rounds: Sequence[Json]
@@ -60,10 +61,8 @@ def build_result(parts: ResultParts) -> Json:
         "matrix": _matrix(parts.scores),
         "bytes": _bytes(parts.clients),
         **_routing(parts),
-        "server_state_sha256": sha256_of(parts.state.tensors),
-        "personal_sha256": {
-            client_id: score["report"]["personal_sha256"] for client_id, score in parts.scores.items()
-        },
+        "server_state_sha256": state_sha256(parts.state),
+        "personal_sha256": {client_id: score["personal_sha256"] for client_id, score in parts.scores.items()},
         "parameters": dict(parts.parameters),
         "frozen_unchanged": parts.frozen_unchanged,
         "failures": [failure for line in parts.rounds for failure in line["failures"]] + [*parts.unscored],
@@ -72,27 +71,24 @@ def build_result(parts: ResultParts) -> Json:
 
 
 def mean_metrics(clients: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Unweighted mean over clients of every score that all of them have."""
-    scores = [
-        {name: value for name, value in client.items() if name.endswith(("_base", "_before", "_after"))}
-        for client in clients
-    ]
-    names = [name for name in scores[0] if all(name in other for other in scores)] if scores else []
-    return {name: math.fsum(client[name] for client in scores) / len(scores) for name in names}
+    """Return the unweighted mean of every score over the clients that have it."""
+    values: dict[str, list[float]] = {}
+    for client in clients:
+        for name, value in client.items():
+            if name.endswith(("_base", "_before", "_after")):
+                values.setdefault(name, []).append(value)
+    return {name: math.fsum(scores) / len(scores) for name, scores in values.items()}
 
 
 def _client(client_id: str, parts: ResultParts) -> Json:
     score = parts.scores[client_id]
     lines = [line for line in parts.clients if line["client"] == client_id]
-    facts = {name: value for name, value in score["report"].items() if name.startswith("num_")}
     totals = {name: sum(line[name] for line in lines) for name in ("upload_bytes", "download_bytes")}
     counts = {name: lines[-1][name] for name in ("num_truncated", "num_without_label") if lines}
-    base = parts.base["clients"][client_id]["metrics"]
+    base = parts.base["clients"].get(client_id, {"metrics": {}})["metrics"]
     scores: Json = {n: value for n, value in base.items() if n.endswith("_base")} | score["metrics"]
-    extra = (
-        {"chosen_experts": score["report"]["chosen_experts"]} if "chosen_experts" in score["report"] else {}
-    )
-    return scores | totals | facts | counts | {"labels": dict(parts.labels.get(client_id, {}))} | extra
+    labels = dict(parts.labels.get(client_id, {}))
+    return scores | totals | counts | {"labels": labels, "algorithm": score["algorithm"]}
 
 
 def _exam(parts: ResultParts, clients: Mapping[str, Json]) -> Json | None:
@@ -112,14 +108,15 @@ def _exam(parts: ResultParts, clients: Mapping[str, Json]) -> Json | None:
 
 def _matrix(scores: Mapping[str, Json]) -> Json | None:
     """Client-model by client-test; only where one process had every test split."""
-    rows = {client_id: score["report"].get("matrix") for client_id, score in scores.items()}
-    if any(row is None or row["clients"] != list(scores) for row in rows.values()):
+    rows = [score["matrix"] for score in scores.values()]
+    names = [name for name in rows[0] if all(len(row[name]) == len(scores) for row in rows)] if rows else []
+    if not names:
         return None
-    return {
-        "clients": list(scores),
-        "loss": [row["loss"] for row in rows.values() if row],
-        "rougeL": [row["rougeL"] for row in rows.values() if row],
-    }
+    matrix: Json = {"clients": list(scores), "loss": [], "rougeL": []}
+    for name in names:
+        cells = [[None if cell < 0 else cell for cell in row[name]] for row in rows]
+        matrix[name.removeprefix("matrix_")] = cells
+    return matrix
 
 
 def _bytes(lines: Sequence[Json]) -> Json:
@@ -134,38 +131,40 @@ def _bytes(lines: Sequence[Json]) -> Json:
 
 def _routing(parts: ResultParts) -> Json:
     tables: dict[str, dict[str, list[list[int]]]] = {name: {} for name in ROUTINGS}
+    base = parts.base["clients"]
     for client_id, score in parts.scores.items():
-        tables["base"][client_id] = parts.base["clients"][client_id]["report"]["routing_base"]
-        for name in ("global", "personalised"):
-            tables[name][client_id] = score["report"][f"routing_{name}"]
+        measured = {**base.get(client_id, {"routing": {}})["routing"], **score["routing"]}
+        for name in ROUTINGS:
+            if f"routing_{name}" in measured:
+                tables[name][client_id] = measured[f"routing_{name}"]
     totals = {name: _sum_tables(list(by_client.values())) for name, by_client in tables.items()}
-    first = totals["base"]
+    first = totals["global"]
     return {
         "routing": {
             "layers": len(first),
             "experts": max(len(row) for row in first),
             "tokens_per_expert": totals | tables["personalised"],
         },
-        "expert_balance_std": {name: balance_std(table) for name, table in totals.items()},
-        "routing_entropy": {name: normalised_entropy(table) for name, table in totals.items()},
+        "expert_balance_std": {name: balance_std(table) for name, table in totals.items() if table},
+        "routing_entropy": {name: normalised_entropy(table) for name, table in totals.items() if table},
     }
 
 
 def _sum_tables(tables: Sequence[list[list[int]]]) -> list[list[int]]:
     return [
         [sum(counts) for counts in zip(*(table[layer] for table in tables), strict=True)]
-        for layer in range(len(tables[0]))
+        for layer in range(len(tables[0]) if tables else 0)
     ]
 
 
-def describe_parameters(algorithm: Algorithm, parts: ModelParts) -> dict[str, int]:
-    """Numbers of parameters of the model as a client has it: by group, travelling, personal, and trained."""
-    travelling = tensor_views(parts.model, algorithm.upload_names(parts))
-    personal = tensor_views(parts.model, algorithm.personal_names(parts))
-    num_travelling = sum(tensor.numel() for tensor in travelling.values())
-    num_personal = sum(tensor.numel() for tensor in personal.values())
-    return count_parameters(parts.model) | {
-        "travelling": num_travelling,
-        "personal": num_personal,
-        "trained": num_travelling + num_personal,
+def describe_parameters(
+    algorithm: Algorithm, parts: ModelParts, sent: Sent, expected: Expected
+) -> dict[str, int]:
+    """Return numbers of parameters of the model as a client has it: by group, then by role."""
+    names = {"personal": algorithm.personal_names(parts), "trained": trained_names(algorithm, parts, sent)}
+    numbers = {
+        role: sum(tensor.numel() for tensor in tensor_views(parts.model, own).values())
+        for role, own in names.items()
     }
+    travelling = sum(tensor.numel() for tensor in expected.tensors.values())
+    return count_parameters(parts.model) | {"travelling": travelling} | numbers

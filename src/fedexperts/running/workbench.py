@@ -1,4 +1,4 @@
-"""A run's parts, joined: data, model, algorithm and the runtime on which clients take turns."""
+"""Join a run's parts: data, model, algorithm and the runtime on which clients take turns."""
 
 import logging
 import random
@@ -21,8 +21,10 @@ from fedexperts.data.prompts import PromptFormat
 from fedexperts.evaluation.multiple_choice import load_exam
 from fedexperts.federation.personal import PersonalStore
 from fedexperts.federation.runtime import ClientRuntime, RuntimeSettings, Watcher
+from fedexperts.federation.scoring import Scorer
 from fedexperts.models.adapters import add_lora
 from fedexperts.models.load import load_model
+from fedexperts.models.originals import open_originals
 from fedexperts.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Workbench:
-    """Everything that a run needs but its progress."""
+    """Everything that a run needs, its progress apart."""
 
     config: RunConfig
     parts: ModelParts
@@ -39,8 +41,8 @@ class Workbench:
     algorithm: Algorithm
     questions: tuple[Question, ...]
 
-    def runtime(self, store: PersonalStore, watcher: Watcher | None = None) -> ClientRuntime:
-        """A runtime for the clients of this workbench's data."""
+    def scorer(self, store: PersonalStore, watcher: Watcher | None = None) -> Scorer:
+        """Return a runtime for the clients of this workbench's data, with what evaluates them."""
         settings = RuntimeSettings(
             seed=self.config.seed,
             num_rounds=self.config.rounds,
@@ -48,29 +50,27 @@ class Workbench:
             training=self.config.training,
             evaluation=self.config.evaluation,
         )
-        return ClientRuntime(
-            self.parts,
-            self.format,
-            self.data,
-            self.algorithm,
-            settings,
-            store,
-            questions=self.questions,
-            watcher=watcher,
-        )
+        runtime = ClientRuntime(self.parts, self.format, self.data, self.algorithm, settings, store, watcher)
+        return Scorer(runtime, self.questions)
 
 
 def build_parts(config: RunConfig) -> tuple[ModelParts, Any]:
-    """The model with LoRA at its start, and its tokenizer; also sets torch's threads and global seeds.
+    """Return the model with LoRA at its start, and its tokenizer; also set torch's threads and global seeds.
 
-    The global seeds are a belt for code of others: nothing of ours draws from them.
+    The global seeds are for other libraries: nothing of ours draws from them.
     """
     torch.set_num_threads(config.threads)
     set_seed(derive_seed(config.seed, "global") % 2**32)
     random.seed(derive_seed(config.seed, "global"))
     loaded = load_model(config.model, config.seed)
     lora_names = add_lora(loaded.model, config.adapter, config.seed)
-    parts = ModelParts(model=loaded.model, layers=loaded.layers, lora_names=lora_names)
+    parts = ModelParts(
+        model=loaded.model,
+        layers=loaded.layers,
+        lora_names=lora_names,
+        adapter=config.adapter,
+        originals=open_originals(config.model),
+    )
     return parts, loaded.tokenizer
 
 
@@ -78,7 +78,7 @@ def build_parts(config: RunConfig) -> tuple[ModelParts, Any]:
 def open_workbench(
     config: RunConfig, stopwatch: Stopwatch, *, data: FederatedData | None = None
 ) -> Iterator[Workbench]:
-    """Load data, unless it is given, and model; the spooled examples are deleted at the end."""
+    """Load the model, and the data unless they are given; the spooled examples are deleted at the end."""
     with stopwatch.phase("data"):
         data = load_federated_data(config.data, config.seed) if data is None else data
     with data:
@@ -98,5 +98,5 @@ def open_workbench(
 
 
 def personal_store(run_directory: Path) -> PersonalStore:
-    """Where a simulated run keeps its clients' personal tensors."""
+    """Return where a simulated run keeps its clients' own tensors."""
     return PersonalStore(run_directory / "clients")

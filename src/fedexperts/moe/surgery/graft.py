@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedexperts.moe.surgery import one_expert, seam
+from fedexperts.moe.surgery.padding import is_token
 from fedexperts.moe.surgery.seam import MoeLayer
 from fedexperts.seeds import derive_seed
 
@@ -43,7 +44,7 @@ class GraftedExpert(nn.Module):
     def __init__(self, layer: MoeLayer, expert: int, form: GraftForm, seed: int) -> None:
         """Copy ``expert`` of ``layer``; with LoRA the copy is a view of the original if that is frozen."""
         super().__init__()
-        self.form = form
+        self.form, self.expert = form, expert
         # A tuned slot moves in training, and a LoRA graft's base must not move with it.
         self._origin = {
             name: weight.detach().clone() if weight.requires_grad else weight.detach()
@@ -154,6 +155,24 @@ def _made(
     )
 
 
+def grafts_of(layer: MoeLayer) -> tuple[GraftedExpert, ...]:
+    """Return the grafts beside one layer."""
+    addition = seam.addition_of(layer)
+    if isinstance(addition, GraftedExperts):
+        return tuple(cast(GraftedExpert, one) for one in addition)
+    return () if addition is None else (cast(GraftedExpert, addition),)
+
+
+def graft_names(layers: Sequence[MoeLayer]) -> tuple[str, ...]:
+    """Return the names of the parameters of all grafts that are there."""
+    return tuple(
+        f"{seam.addition_name(layer)}.{name}"
+        for layer in layers
+        if seam.addition_of(layer) is not None
+        for name, _ in seam.addition_of(layer).named_parameters()
+    )
+
+
 def ungraft(layers: Sequence[MoeLayer]) -> None:
     """Take all grafts away."""
     for layer in layers:
@@ -174,7 +193,7 @@ def grafted(
 
 
 class GateMeter:
-    """Mean openness of each layer's gates over the tokens seen while it watches."""
+    """Mean openness of each layer's gates over the tokens seen while it watches, padding left out."""
 
     def __init__(self) -> None:
         """Nothing seen yet."""
@@ -183,10 +202,13 @@ class GateMeter:
 
     def see(self, layer: MoeLayer, hidden_TD: Tensor, *_: Tensor) -> None:
         """Add one layer's tokens; give this to :func:`fedexperts.moe.surgery.seam.watch_experts`."""
+        is_token_T = is_token(hidden_TD.shape[0])
         with torch.no_grad():
-            opened = float(seam.addition_of(layer).openness(hidden_TD).float().mean(dim=-1).sum())
+            opened_TG = seam.addition_of(layer).openness(hidden_TD).float()
+            opened_TG = opened_TG if is_token_T is None else opened_TG[is_token_T]
+            opened = float(opened_TG.mean(dim=-1).sum())
         self._sum[layer.index] = self._sum.get(layer.index, 0.0) + opened
-        self._num_tokens[layer.index] = self._num_tokens.get(layer.index, 0) + hidden_TD.shape[0]
+        self._num_tokens[layer.index] = self._num_tokens.get(layer.index, 0) + opened_TG.shape[0]
 
     def means(self) -> dict[int, float]:
         """Mean openness by layer seen, from 0 (closed) to 1; of several gates the mean."""

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fedexperts.errors import UserError
+from fedexperts.moe.surgery.undo import active_stack, push_undo
+from fedexperts.tensors import Tensors, copy_of
 
 IMPLEMENTATION = "fedexperts"
 """Name under which :func:`experts_forward` is registered with transformers."""
@@ -287,11 +289,20 @@ def add_to_layer(layer: MoeLayer, addition: nn.Module) -> None:
     if hasattr(layer.experts, _ADDITION):
         raise UserError(f"layer {layer.name} has grafts already: take them away first, or graft all at once")
     layer.experts.add_module(_ADDITION, addition)
+    push_undo(lambda: _remove_module(layer, _ADDITION, addition))
 
 
 def take_from_layer(layer: MoeLayer) -> None:
     """Take away what :func:`add_to_layer` put there; the layer is again what it was, bit for bit."""
+    addition = addition_of(layer)
     delattr(layer.experts, _ADDITION)
+    push_undo(lambda: layer.experts.add_module(_ADDITION, addition))
+
+
+def _remove_module(layer: MoeLayer, name: str, module: nn.Module) -> None:
+    """Remove ``module`` from the layer's experts if it is still there under ``name``."""
+    if getattr(layer.experts, name, None) is module:
+        delattr(layer.experts, name)
 
 
 def addition_of(layer: MoeLayer) -> Any:
@@ -317,11 +328,14 @@ def set_slots(layer: MoeLayer, slots: nn.Module) -> None:
     """
     _refuse_outside_seat(layer)
     layer.experts.add_module(_SLOTS, slots)
+    push_undo(lambda: _remove_module(layer, _SLOTS, slots))
 
 
 def drop_slots(layer: MoeLayer) -> None:
     """Take away what :func:`set_slots` put there."""
+    slots = slots_of(layer)
     delattr(layer.experts, _SLOTS)
+    push_undo(lambda: layer.experts.add_module(_SLOTS, slots))
 
 
 def gradient_watch_of(experts: nn.Module) -> Any:
@@ -357,6 +371,9 @@ def fused_weights(layer: MoeLayer) -> dict[str, Tensor]:
 
 def set_fused(layer: MoeLayer, weights: Mapping[str, Tensor]) -> None:
     """Put other tensors into the layer's fused parameters; whether they train stays as it was."""
+    stack = active_stack()
+    if stack is not None:
+        stack.will_change_experts(layer)
     for name, weight in weights.items():
         trains = getattr(layer.experts, name).requires_grad
         setattr(layer.experts, name, nn.Parameter(weight, requires_grad=trains))
@@ -398,40 +415,95 @@ def expert_names(layers: Iterable[MoeLayer]) -> tuple[str, ...]:
 
 
 def tensor_views(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Views of ``model``'s tensors by name, where a name is a parameter's or :func:`expert_name`'s.
-
-    Writing into a view writes into the model. Raises ``KeyError`` for a name the model does not have.
+    """Return views of ``model``'s tensors by name, where a name is a parameter's or :func:`expert_name`'s.
 
     Raises:
-        UserError: a name is of an expert in few bits or under LoRA, whose weights are made for each use:
-            what is written into them would be lost.
+        UserError: the model has no such tensor; or it is of an expert in few bits or under LoRA, whose
+            weights are made for each use.
     """
+    return {name: view.detach() for name, (view, _) in _views(model, names).items()}
+
+
+def current(model: nn.Module, names: Iterable[str]) -> Tensors:
+    """Return copies of the model's tensors called ``names``, in main memory."""
+    return copy_of(tensor_views(model, names))
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Write ``tensors`` into the model's parameters, or experts, of the same names.
+
+    Raises:
+        UserError: the model has no such tensor, or one of another shape; or it is of an expert in a merged
+            group, where writing one expert would change the others.
+    """
+    views = _views(model, tensors)
+    for name, (view, layer) in views.items():
+        if view.shape != tensors[name].shape:
+            raise UserError(
+                f"tensor {name!r} has shape {tuple(tensors[name].shape)}, the model's {tuple(view.shape)}"
+            )
+        if layer is not None:
+            _refuse_shared_slot(layer, name)
+    stack = active_stack()
+    if stack is not None:
+        stack.will_write({fused_name(name): view for name, (view, _) in views.items()})
+        stack.written |= dict.fromkeys(views)
+    for name, (view, _) in views.items():
+        view.detach().copy_(tensors[name])
+
+
+def _refuse_shared_slot(experts: nn.Module, name: str) -> None:
+    slots: Any = getattr(experts, _SLOTS, None)
+    match = _EXPERT_NAME.match(name)
+    if slots is not None and match is not None:
+        shared = [group for group in slots.plan.merged if int(match["expert"]) in group]
+        if shared:
+            raise UserError(
+                f"tensor {name!r} cannot be written: experts {', '.join(map(str, shared[0]))} share one "
+                "merged expert"
+            )
+
+
+def _views(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[Tensor, nn.Module | None]]:
+    """Each tensor, with the experts module that it belongs to if it is one expert's."""
     parameters = dict(model.named_parameters())
     layers = {name: module for name, module in model.named_modules() if _is_experts(module)}
-    return {
-        name: (parameters[name] if name in parameters else _view(layers, name)).detach() for name in names
-    }
+    found: dict[str, tuple[Tensor, nn.Module | None]] = {}
+    for name in names:
+        found[name] = (parameters[name], None) if name in parameters else _expert_view(layers, name)
+    return found
 
 
-def _view(layers: dict[str, nn.Module], name: str) -> Tensor:
+def _expert_view(layers: dict[str, nn.Module], name: str) -> tuple[Tensor, nn.Module]:
     match = _EXPERT_NAME.match(name)
     if match is None or match["layer"] not in layers:
-        raise KeyError(name)
+        raise UserError(f"the model has no tensor named {name!r}")
     experts = layers[match["layer"]]
     try:
         view = _weights_of(experts, int(match["expert"]))[match["parameter"]]
     except (IndexError, KeyError):
-        raise KeyError(name) from None
+        raise UserError(f"the model has no tensor named {name!r}") from None
     stored = {parameter.untyped_storage().data_ptr() for parameter in experts.parameters()}
     if view.untyped_storage().data_ptr() not in stored:
         raise UserError(f"{name} is not stored as it is (few bits, or LoRA), so it cannot be loaded or sent")
-    return view
+    return view, experts
+
+
+def names_in(layers: Iterable[MoeLayer], name: str) -> tuple[str, ...]:
+    """Return the experts' tensors in a fused parameter called ``name``; for any other name, itself."""
+    for layer in layers:
+        for parameter in layer.parameter_names():
+            if name == f"{layer.name}.{parameter}":
+                return tuple(expert_name(layer, expert, parameter) for expert in range(layer.num_experts))
+    return (name,)
+
+
+def fused_name(name: str) -> str:
+    """Return the name of the parameter that holds the tensor ``name``: an expert's is its fused parameter."""
+    match = _EXPERT_NAME.match(name)
+    return f"{match['layer']}.{match['parameter']}" if match else name
 
 
 def fused_names(names: Iterable[str]) -> set[str]:
-    """Names of the parameters that hold the tensors called ``names`` (an expert's is its fused parameter)."""
-    fused = set()
-    for name in names:
-        match = _EXPERT_NAME.match(name)
-        fused.add(f"{match['layer']}.{match['parameter']}" if match else name)
-    return fused
+    """Return the names of the parameters that hold the tensors called ``names``."""
+    return {fused_name(name) for name in names}

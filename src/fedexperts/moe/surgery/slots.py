@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fedexperts.errors import UserError
 from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.padding import is_token
 from fedexperts.moe.surgery.rows import Rows, group_rows, run_rows
 from fedexperts.moe.surgery.seam import MoeLayer
 
@@ -139,7 +140,7 @@ class Slots(nn.Module):
         super().__init__()
         self.plan, self.order = plan, order
         self.tuned, self.frozen = tuned, frozen
-        self._num_rows = [0] * len(plan.tuned)
+        self._num_rows: list[Tensor | int] = [0] * len(plan.tuned)
         self.register_buffer("lookup_E", plan.lookup(), persistent=False)
 
     def banks(self, experts: nn.Module) -> list[Any]:
@@ -154,13 +155,23 @@ class Slots(nn.Module):
             return self._stock(experts, hidden_TD, slot_TK, weight_TK)
         rows = group_rows(slot_TK, weight_TK, self.plan.num_slots)
         if torch.is_grad_enabled():
-            tuned = zip(self._num_rows, rows.sizes, strict=False)
-            self._num_rows = [before + size for before, size in tuned]
+            self._count(slot_TK)
         return self._run(experts, hidden_TD, rows).to(hidden_TD.dtype)
+
+    def _count(self, slot_TK: Tensor) -> None:
+        """Count the tokens of each tuned slot; padding trains nothing that is asked for."""
+        is_token_T = is_token(len(slot_TK))
+        slot_TK = slot_TK if is_token_T is None else slot_TK[is_token_T]
+        for slot in range(len(self._num_rows)):
+            self._num_rows[slot] += (slot_TK == slot).sum()
 
     def idle(self) -> tuple[int, ...]:
         """Tuned experts that no token has reached in any pass with gradients: they have not been trained."""
-        return tuple(e for e, num_rows in zip(self.plan.tuned, self._num_rows, strict=True) if num_rows == 0)
+        return tuple(e for e, rows in zip(self.plan.tuned, self._num_rows, strict=True) if int(rows) == 0)
+
+    def tokens_of_tuned(self) -> tuple[int, ...]:
+        """Return how many tokens reached each tuned expert in passes with gradients, padding left out."""
+        return tuple(int(rows) for rows in self._num_rows)
 
     def _run(self, experts: nn.Module, hidden_TD: Tensor, rows: Rows) -> Tensor:
         start, made = 0, []

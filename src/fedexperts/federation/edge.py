@@ -1,0 +1,168 @@
+"""Judge what clients send: the one place that decides whether an answer counts.
+
+Decoding (:mod:`fedexperts.messages`) has checked the type of every field. Nothing a client sends may stop the
+server or spoil its state: an answer that is refused is a failure with a reason, like any other.
+"""
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from fedexperts.errors import UserError
+from fedexperts.federation.cohort import CohortSettings
+from fedexperts.messages import Expected, Upload, decode_upload, plain_text
+from fedexperts.tensors import Tensors, first_non_finite
+
+LARGEST_WEIGHT = 1e12
+"""Weights are numbers of examples or tokens; above this a sum could lose every other client's part."""
+
+REQUIRED_METRICS = frozenset({"train_loss", "num_examples", "num_labels", "num_tokens", "num_untrained"})
+TRAINING_METRICS = REQUIRED_METRICS | {
+    "train_loss_first",
+    "train_loss_last",
+    "gradient_norm",
+    "num_unchanged",
+    "num_corrections",
+    "num_truncated",
+    "num_without_label",
+}
+"""Figures of a training round that have a place of their own in clients.jsonl."""
+
+_MEASURED = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+
+
+def read_answer(blob: Callable[[], bytes]) -> tuple[Upload, int]:
+    """Return the upload in a client's answer and the answer's size; whatever goes wrong is its failure."""
+    num_bytes = 0
+    try:
+        answer = blob()
+        num_bytes = len(answer)
+        return decode_upload(answer), num_bytes
+    except UserError as error:
+        return Upload(failure=plain_text(str(error)) or "no reason given"), num_bytes
+    except Exception as error:
+        reason = f"its answer cannot be read: {type(error).__name__}: {error}"
+        return Upload(failure=plain_text(reason)), num_bytes
+
+
+def refusal(upload: Upload, expected: Expected, before: Mapping[str, Tensor], cohort: CohortSettings) -> str:
+    """Return why a training round's upload does not count, or nothing if it does.
+
+    Args:
+        upload: as it came.
+        expected: names, shapes and dtypes that this client must send in this round.
+        before: the server's tensors, from which the upload's change is measured.
+        cohort: has the cap on that change.
+    """
+    if upload.failure:
+        return upload.failure
+    try:
+        _check_metrics(upload)
+        for what in ("tensors", "beside", "tables"):
+            _check_tensors(what, getattr(upload, what), getattr(expected, what))
+        _check_weights(upload.weights)
+        _check_change(upload.tensors, before, cohort.max_change_norm)
+    except UserError as error:
+        return f"upload refused: {error}"
+    return ""
+
+
+def _check_metrics(upload: Upload) -> None:
+    missing = sorted(REQUIRED_METRICS - upload.metrics.keys())
+    unknown = sorted(upload.metrics.keys() - TRAINING_METRICS)
+    if missing:
+        raise UserError(f"metrics lack {missing[0]!r}")
+    if unknown:
+        raise UserError(f"metrics have {plain_text(unknown[0])[:60]!r}, which no algorithm sends")
+    _refuse_names("measured", upload.measured)
+    _refuse_names("seconds", upload.seconds)
+    if any(value < 0 for value in upload.seconds.values()):
+        raise UserError("seconds are negative")
+    if upload.report:
+        raise UserError("it has a report, which training rounds do not")
+
+
+def _refuse_names(what: str, figures: Collection[str]) -> None:
+    for name in figures:
+        if not _MEASURED.fullmatch(name):
+            raise UserError(f"{what} have the name {plain_text(name)[:60]!r}")
+
+
+def _check_tensors(what: str, tensors: Tensors, expected: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise UserError(f"{what}: {plain_text(name)[:200]!r} is not one that this client may send")
+        due = expected[name]
+        if tensor.shape != due.shape or tensor.dtype != due.dtype:
+            raise UserError(
+                f"{what}: {name!r} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, where "
+                f"{tuple(due.shape)} and {due.dtype} are due"
+            )
+    missing = next((name for name in expected if name not in tensors), None)
+    if missing is not None:
+        raise UserError(f"{what}: {missing!r} is missing ({len(tensors)} of {len(expected)} are there)")
+    bad = first_non_finite(tensors)
+    if bad is not None:
+        raise UserError(f"{what}: {bad!r} has values that are not finite")
+
+
+def _check_weights(weights: Mapping[str, float]) -> None:
+    for name, weight in weights.items():
+        if not 0 < weight <= LARGEST_WEIGHT:
+            raise UserError(
+                f"weight of {name!r} is {weight:g}: must be above 0 and at most {LARGEST_WEIGHT:g}"
+            )
+
+
+def _check_change(tensors: Tensors, before: Mapping[str, Tensor], largest: float) -> None:
+    if not largest:
+        return
+    squares = [
+        float((tensor.double() - (before[name].double() if name in before else 0)).square().sum())
+        for name, tensor in tensors.items()
+    ]
+    norm = math.sqrt(math.fsum(squares))
+    if norm > largest:
+        raise UserError(f"its change has norm {norm:.6g}, above cohort.max_change_norm = {largest:g}")
+
+
+def evaluation_refusal(upload: Upload, expected: Mapping[str, Tensor], allowed: Collection[str]) -> str:
+    """Return why the answer to an evaluation does not count, or nothing if it does.
+
+    Args:
+        upload: as it came.
+        expected: tensors that must stand beside the metrics.
+        allowed: names that metrics may have.
+    """
+    if upload.failure:
+        return upload.failure
+    try:
+        unknown = sorted(upload.metrics.keys() - set(allowed))
+        if unknown:
+            raise UserError(f"metrics have {plain_text(unknown[0])[:60]!r}, which no evaluation gives")
+        _check_tensors("beside", upload.beside, expected)
+        negative = [
+            name for name, tensor in upload.beside.items() if _is_count(tensor) and bool((tensor < -1).any())
+        ]
+        if negative or upload.tensors or upload.report:
+            raise UserError(f"{negative[0]!r} has negative counts" if negative else "it sends tensors")
+        _refuse_names("tables", upload.tables)
+        if first_non_finite(upload.tables) is not None or _size(upload.tables) > _LARGEST_TABLES:
+            raise UserError("tables are not finite, or of more than a million values")
+    except UserError as error:
+        return f"evaluation refused: {error}"
+    return ""
+
+
+_LARGEST_TABLES = 1_000_000
+
+
+def _size(tensors: Tensors) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _is_count(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.int64

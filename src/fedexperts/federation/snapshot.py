@@ -1,0 +1,111 @@
+"""Save everything that makes a model differ from the pretrained one, and put it into a fresh model.
+
+A snapshot needs no knowledge of the algorithm that made the model: it asks the model which grafts it has, and
+the undo stack which parameters were written or trained.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_safetensors
+
+from fedexperts.algorithms.api import ModelParts
+from fedexperts.errors import UserError
+from fedexperts.models.adapters import adapter_names, add_adapter, lora_parameters
+from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.graft import GraftForm, graft, graft_names, grafts_of
+from fedexperts.moe.surgery.seam import MoeLayer
+from fedexperts.moe.surgery.slots import full_weights
+from fedexperts.run_directory import write_atomically
+from fedexperts.tensors import Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """One model, as the difference to the pretrained model with LoRA at its start."""
+
+    tensors: Tensors
+    """LoRA, parameters and experts by name, and those of grafts."""
+    grafts: tuple[Mapping[str, Any], ...] = ()
+    """For each grafted layer: ``layer``, the copied ``experts``, and the ``form``."""
+    adapters: tuple[str, ...] = field(default=())
+    """Names of LoRA adapters beside the first."""
+
+    def notes(self) -> dict[str, Any]:
+        """Return the plain data, for JSON."""
+        return {"grafts": list(self.grafts), "adapters": list(self.adapters)}
+
+
+def take_snapshot(parts: ModelParts, written: Iterable[str]) -> Snapshot:
+    """Return what the model in place differs in; ``written`` names what was written or trained.
+
+    A layer with slots gives every expert what runs for it, so that members of a merged group are copies.
+    """
+    model, layers = parts.model, parts.layers
+    with_slots = [layer for layer in layers if seam.slots_of(layer) is not None]
+    inside = tuple(f"{layer.name}." for layer in with_slots)
+    adapters = adapter_names(model)
+    names = dict.fromkeys((*lora_parameters(model), *graft_names(layers)))
+    for name in written:
+        names |= dict.fromkeys(seam.names_in(layers, name))
+    tensors = seam.current(
+        model, [name for name in names if not name.startswith(inside) or ".graft." in name]
+    )
+    for layer in with_slots:
+        for name, weight in full_weights(layer).items():
+            tensors |= {
+                seam.expert_name(layer, e, name): one.contiguous() for e, one in enumerate(weight.cpu())
+            }
+    return Snapshot(tensors=tensors, grafts=tuple(_grafts(layers)), adapters=adapters[1:])
+
+
+def _grafts(layers: Sequence[MoeLayer]) -> Iterator[dict[str, Any]]:
+    for layer in layers:
+        grafts = grafts_of(layer)
+        if grafts:
+            experts = [one.expert for one in grafts]
+            yield {"layer": layer.index, "experts": experts, "form": asdict(grafts[0].form)}
+
+
+def install_snapshot(parts: ModelParts, snapshot: Snapshot) -> None:
+    """Make a model, as it was loaded, the one that ``snapshot`` was taken of.
+
+    Raises:
+        UserError: the snapshot is of another model.
+    """
+    for name in snapshot.adapters:
+        add_adapter(parts.model, parts.adapter, 0, name)
+    for one in snapshot.grafts:
+        if not 0 <= one["layer"] < len(parts.layers):
+            raise UserError(f"the snapshot has a graft in MoE layer {one['layer']}, which the model lacks")
+        experts = one["experts"][0] if len(one["experts"]) == 1 else one["experts"]
+        graft([parts.layers[one["layer"]]], [experts], GraftForm(**one["form"]), 0)
+    seam.load_tensors(parts.model, snapshot.tensors)
+
+
+def write_snapshot(path: Path, snapshot: Snapshot) -> None:
+    """Write a snapshot atomically as one safetensors file, its plain data as JSON in the header."""
+    metadata = {_NOTES: json.dumps(snapshot.notes())}
+    write_atomically(path, save_safetensors(snapshot.tensors, metadata=metadata))
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """Return what :func:`write_snapshot` wrote to ``path``.
+
+    Raises:
+        UserError: the file is missing, truncated, or something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            notes = json.loads(file.metadata()[_NOTES])
+        return Snapshot(tensors=tensors, grafts=tuple(notes["grafts"]), adapters=tuple(notes["adapters"]))
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f"model in {path} cannot be read: {error}") from None
+
+
+_NOTES = "fedexperts"
