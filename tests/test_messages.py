@@ -1,75 +1,177 @@
 """Messages: round trip, size known beforehand, and garbage refused."""
 
+import json
+
 import pytest
 import torch
 
 from fedexperts.errors import UserError
 from fedexperts.messages import (
     HEADER_BLOCK,
+    WEIGHTS,
     Download,
+    Expected,
+    Sent,
     Upload,
     decode_download,
     decode_upload,
     encode_download,
     encode_upload,
-    predict_bytes,
+    plain_text,
+    predict_download_bytes,
+    predict_upload_bytes,
+)
+
+DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
 )
 
 
-def tensors(count: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def tensors(count: int, dtypes: tuple[torch.dtype, ...] = DTYPES) -> dict[str, torch.Tensor]:
+    """Tensors of many sizes; their order by name is not that by dtype."""
     generator = torch.Generator().manual_seed(count)
-    return {f"layer.{i}.weight": torch.randn(i + 1, 3, generator=generator).to(dtype) for i in range(count)}
+    return {
+        f"layer.{i}.é": (torch.randn(i % 11, 3, generator=generator) * 9).to(dtypes[i % len(dtypes)])
+        for i in range(count)
+    }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("count", [0, 1, 7, 40])
-def test_the_size_of_a_message_is_known_beforehand(count, dtype):
-    sent = tensors(count, dtype)
-    upload = Upload(tensors=sent, weights=dict.fromkeys(sent, 1.5), metrics={"train_loss": 1 / 3})
-    assert len(encode_upload(upload)) == predict_bytes(sent, is_upload=True)
-    assert len(encode_download(Download(round=1, task="train", tensors=sent))) == predict_bytes(
-        sent, is_upload=False
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_is_sent_arrives(dtype):
-    sent = tensors(5, dtype)
-    upload = Upload(
+def full(count: int) -> Upload:
+    sent = tensors(count)
+    return Upload(
         tensors=sent,
         weights={name: i + 0.1 for i, name in enumerate(sent)},
-        metrics={"a": 0.1},
-        report={"b": [1]},
+        beside=tensors(count // 2),
+        tables=tensors(count // 3),
+        metrics={"train_loss": 1 / 3},
+        measured={"drift": 1e-30},
+        seconds={"train": 0.5},
+        failure="",
     )
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 40, 1200])
+def test_the_size_of_a_message_is_known_beforehand(count):
+    """Per-expert data do not outgrow the header: 1,200 tensors and their weights travel as tensors."""
+    upload = full(count)
+    expected = Expected(
+        **{
+            what: {name: tensor.to("meta") for name, tensor in getattr(upload, what).items()}
+            for what in ("tensors", "beside", "tables")
+        }
+    )
+    assert len(encode_upload(upload)) == predict_upload_bytes(expected)
+    sent = Sent(tensors=upload.tensors, beside=upload.beside, orders={"rank": 4})
+    assert len(encode_download(Download(round_number=1, task="train", sent=sent))) == predict_download_bytes(
+        sent
+    )
+
+
+def test_everything_that_is_sent_arrives():
+    upload = full(30)
     arrived = decode_upload(encode_upload(upload))
-    assert all(torch.equal(arrived.tensors[name], sent[name]) for name in sent)
-    assert (arrived.weights, arrived.metrics, arrived.report) == (
-        upload.weights,
-        upload.metrics,
-        upload.report,
+    for what in ("tensors", "beside", "tables"):
+        sent, received = getattr(upload, what), getattr(arrived, what)
+        assert sent.keys() == received.keys()
+        assert all(torch.equal(received[name], sent[name]) for name in sent)
+    for what in ("weights", "metrics", "measured", "seconds", "failure", "report"):
+        assert getattr(arrived, what) == getattr(upload, what)
+    download = Download(
+        round_number=3,
+        task="train",
+        sent=Sent(tensors=tensors(3), beside=tensors(2), orders={"rank": 2}),
+        kept_round=2,
+        config_sha256="ab",
     )
+    received = decode_download(encode_download(download))
+    assert (received.round_number, received.kept_round, received.sent.orders) == (3, 2, {"rank": 2})
+    assert torch.equal(received.sent.beside["layer.1.é"], download.sent.beside["layer.1.é"])
 
 
-def test_a_longer_report_only_adds_blocks():
-    short, long = (encode_upload(Upload(report={"text": "x" * size})) for size in (10, HEADER_BLOCK))
-    assert len(long) - len(short) == HEADER_BLOCK
+def test_plain_data_that_outgrow_the_header_are_refused_where_they_are_made():
+    with pytest.raises(UserError, match="send what there is per layer, expert or client as tensors"):
+        encode_upload(Upload(measured={f"expert_{e}": 1.0 for e in range(512)}))
 
 
 @pytest.mark.parametrize("cut", [0, 3, 100, HEADER_BLOCK, HEADER_BLOCK + 20])
 def test_a_truncated_message_is_refused(cut):
-    message = encode_upload(
-        Upload(tensors=tensors(3, torch.float32), weights=dict.fromkeys(tensors(3, torch.float32), 1.0))
-    )
     with pytest.raises(UserError, match="cannot be read"):
-        decode_upload(message[:cut])
+        decode_upload(encode_upload(full(6))[:cut])
 
 
-@pytest.mark.parametrize("garbage", [b"", b"\x80\x04pickle", b"FXM1\xff\xff\xff\xff", b"\x00" * 9000])
+@pytest.mark.parametrize("garbage", [b"", b"\x80\x04pickle", b"FXM2" + b"\xff" * 40, b"\x00" * 9000])
 def test_garbage_is_refused(garbage):
     with pytest.raises(UserError, match="cannot be read"):
         decode_download(garbage)
 
 
 def test_a_download_is_not_an_upload():
-    with pytest.raises(UserError, match="is not an upload"):
-        decode_upload(encode_download(Download(round=1, task="train", tensors={})))
+    with pytest.raises(UserError, match="message has a JSON NoneType for 'metrics'"):
+        decode_upload(encode_download(Download(round_number=1, task="train")))
+
+
+def with_header(message: bytes, **changes: object) -> bytes:
+    """The message with other fields in its header, as only a hostile client writes them."""
+    prefix, header = message[:24], json.loads(message[24:HEADER_BLOCK])
+    text = json.dumps(header | changes).encode() if changes else b"[]"
+    return prefix + text.ljust(HEADER_BLOCK - 24) + message[HEADER_BLOCK:]
+
+
+NESTED = json.loads("[" * 500 + "]" * 500)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metrics": None},
+        {"metrics": []},
+        {"metrics": {"train_loss": "x"}},
+        {"metrics": {"train_loss": True}},
+        {"metrics": {"train_loss": float("nan")}},
+        {"measured": {"a": float("inf")}},
+        {"seconds": "12"},
+        {"seconds": {"train": {}}},
+        {"report": [1]},
+        {"report": 1},
+        {"failure": None},
+        {"failure": 7},
+        {"metrics": {"deep": NESTED}},
+        {},
+    ],
+)
+def test_a_field_of_another_type_is_refused(changes):
+    with pytest.raises(UserError):
+        decode_upload(with_header(encode_upload(full(3)), **changes))
+
+
+def test_json_nested_beyond_all_measure_is_refused():
+    message = encode_upload(Upload())
+    deep = b'{"report":' + b"[" * 2000 + b"]" * 2000 + b"}"
+    with pytest.raises(UserError):
+        decode_upload(message[:24] + deep.ljust(HEADER_BLOCK - 24) + message[HEADER_BLOCK:])
+
+
+def test_a_failure_is_a_line_that_every_file_takes():
+    upload = decode_upload(with_header(encode_upload(Upload()), failure="a\ud800b\n" + "x" * 3000))
+    upload.failure.encode("utf-8")
+    assert upload.failure.startswith("a?b x")
+    assert len(upload.failure) <= 1000
+    assert plain_text("") == ""
+
+
+def test_weights_must_be_one_float64_for_each_tensor():
+    wrong = full(3)
+    message = encode_upload(Upload(tensors={**wrong.tensors}, weights=wrong.weights))
+    arrived = decode_upload(message)
+    assert WEIGHTS not in arrived.tensors
+    with pytest.raises(UserError, match="its weights are"):
+        decode_upload(encode_download(Download(round_number=1, task="t", sent=Sent(tensors=wrong.tensors))))

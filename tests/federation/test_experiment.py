@@ -14,7 +14,7 @@ from fedexperts.config.load import resolved_toml
 from fedexperts.errors import UserError
 from fedexperts.federation import rounds
 from fedexperts.federation.checkpoint import load_checkpoint
-from fedexperts.federation.personal import PersonalStore, read_tensors
+from fedexperts.federation.personal import PersonalStore, read_kept
 from fedexperts.federation.scoring import Scorer
 from fedexperts.run_directory import RunDirectory, read_json, read_lines
 from fedexperts.running.experiment import run_experiment
@@ -47,14 +47,17 @@ def test_counted_bytes_are_the_predicted_bytes(method, make_config, tmp_path, qu
 @pytest.mark.parametrize("method", METHODS)
 def test_no_personal_name_is_ever_in_an_upload(method, make_config, tmp_path, quiet, monkeypatch):
     sent: set[str] = set()
-    check = rounds.check_upload
-    monkeypatch.setattr(
-        rounds, "check_upload", lambda upload, state: (sent.update(upload.tensors), check(upload, state))
-    )
+    refusal = rounds.refusal
+
+    def record(upload, *rest):
+        sent.update(upload.tensors)
+        return refusal(upload, *rest)
+
+    monkeypatch.setattr(rounds, "refusal", record)
     run_experiment(make_config(method), tmp_path / "run", progress=quiet)
     kept = set()
     for path in (tmp_path / "run" / "clients").glob("*/personal-round-*.safetensors"):
-        kept |= set(read_tensors(path))
+        kept |= set(read_kept(path).parameters)
     assert not sent & kept
     assert not any(".graft." in name for name in sent)
     assert bool(kept) == (method in ("flex", "local_only"))
@@ -241,9 +244,9 @@ def test_a_client_scores_its_own_model(make_config, tmp_path, quiet, monkeypatch
     """Swapping personal tensors between clients is noticed, not averaged away."""
     load = PersonalStore.load
 
-    def swapped(self, client_id, *, before_round):
+    def swapped(self, client_id, kept_round):
         other = {"client-000": "client-001", "client-001": "client-000"}.get(client_id, client_id)
-        return load(self, other, before_round=before_round)
+        return load(self, other, kept_round)
 
     run_experiment(make_config("flex"), tmp_path / "right", progress=quiet)
     monkeypatch.setattr(PersonalStore, "load", swapped)
@@ -254,7 +257,6 @@ def test_a_client_scores_its_own_model(make_config, tmp_path, quiet, monkeypatch
 def test_personal_tensors_move_and_only_the_chosen_experts_stay(make_config, tmp_path, quiet):
     run_experiment(make_config("flex"), tmp_path / "run", progress=quiet)
     store = PersonalStore(tmp_path / "run" / "clients")
-    first, second = (store.load("client-000", before_round=round) for round in (2, 3))
-    assert torch.equal(first["chosen_experts"], second["chosen_experts"])
-    moved = [name for name in first if not torch.equal(first[name], second[name])]
-    assert len(moved) == len(first) - 1
+    first, second = (store.load("client-000", kept_round) for kept_round in (1, 2))
+    assert torch.equal(first.beside["chosen_experts"], second.beside["chosen_experts"])
+    assert not any(torch.equal(first.parameters[name], second.parameters[name]) for name in first.parameters)

@@ -9,13 +9,18 @@ from flwr.app.error import Error
 from fedexperts.errors import UserError
 from fedexperts.federation.flower_transport import IDENTIFY, MOST_UNANSWERED, FlowerTransport
 from fedexperts.federation.wire import pack, unpack
-from fedexperts.messages import Download, Upload, decode_download, encode_download, encode_upload
+from fedexperts.messages import Download, Sent, Upload, decode_download, encode_download, encode_upload
 
 HASH = "0123"
 
 
 def identity(position, num_clients):
-    report = {"client_id": f"client-{position:03d}", "position": position, "num_clients": num_clients}
+    report = {
+        "client_id": f"client-{position:03d}",
+        "position": position,
+        "num_clients": num_clients,
+        "num_train": 7,
+    }
     return pack(encode_upload(Upload(report=report)))
 
 
@@ -43,15 +48,17 @@ def transport(grid, timeout_seconds=60.0):
     )
 
 
-def train(client_ids, round=1):
-    return [
-        (name, Download(round=round, task="train", tensors={}, config_sha256=HASH)) for name in client_ids
-    ]
+def train(client_ids):
+    return [(name, Download(round_number=1, task="train", config_sha256=HASH)) for name in client_ids]
+
+
+def ids(carried):
+    return tuple(facts.client_id for facts in carried.clients)
 
 
 def test_a_message_travels_as_its_own_bytes():
     tensors = {"weight": torch.arange(6, dtype=torch.float32).reshape(2, 3).to(torch.bfloat16)}
-    message = encode_download(Download(round=1, task="train", tensors=tensors))
+    message = encode_download(Download(round_number=1, task="train", sent=Sent(tensors=tensors)))
     assert unpack(pack(message)) == message
 
 
@@ -72,7 +79,7 @@ def test_any_other_record_is_refused(content):
 
 def test_clients_are_in_the_order_of_the_data_whatever_their_nodes_are_called():
     grid = InMemoryGrid({77: node(2), 5: node(0), 901: node(1)})
-    assert transport(grid).client_ids == ("client-000", "client-001", "client-002")
+    assert ids(transport(grid)) == ("client-000", "client-001", "client-002")
 
 
 def test_the_federation_waits_until_every_client_has_a_node():
@@ -85,32 +92,32 @@ def test_the_federation_waits_until_every_client_has_a_node():
                 grid.nodes.update({6: node(1), 7: node(2)})
 
     grid.clock = Joining()
-    assert len(transport(grid).client_ids) == 3
+    assert len(transport(grid).clients) == 3
     assert 3 < grid.clock.now < 4
 
 
 def test_a_federation_that_stays_incomplete_is_refused():
     with pytest.raises(UserError, match=r"only 2 of 3 clients joined within transport.timeout_seconds = 60"):
-        assert transport(InMemoryGrid({5: node(0), 6: node(2)})).client_ids
+        assert transport(InMemoryGrid({5: node(0), 6: node(2)})).clients
     with pytest.raises(UserError, match="no client joined"):
-        assert transport(InMemoryGrid({})).client_ids
+        assert transport(InMemoryGrid({})).clients
 
 
 def test_two_nodes_that_are_the_same_client_are_refused():
     with pytest.raises(UserError, match="nodes 5 and 6 are both client-000"):
-        assert transport(InMemoryGrid({5: node(0), 6: node(0)})).client_ids
+        assert transport(InMemoryGrid({5: node(0), 6: node(0)})).clients
 
 
 def test_a_node_that_cannot_take_part_is_named_with_its_reason():
     grid = InMemoryGrid({5: lambda message: pack(encode_upload(Upload(failure="has no data")))})
     with pytest.raises(UserError, match="node 5: has no data"):
-        assert transport(grid).client_ids
+        assert transport(grid).clients
 
 
 def test_deliveries_keep_the_order_of_the_downloads_whoever_answers_first():
     grid = InMemoryGrid({5: node(0), 6: node(1), 7: node(2)})
     carried = transport(grid)
-    assert carried.client_ids
+    assert carried.clients
     grid.delays = {5: 30.0, 6: 20.0, 7: 10.0}
     order = ["client-001", "client-000", "client-002"]
     deliveries = list(carried.exchange(train(order)))
@@ -140,15 +147,18 @@ def test_bytes_are_those_of_the_message():
         (lambda download: pack(b""), "message of 0 bytes cannot be read"),
         (lambda download: pack(b"\x80\x04garbage" * 1000), "cannot be read"),
         (lambda download: pack(encode_upload(Upload())[:-1]), "cannot be read"),
-        (lambda download: pack(encode_download(download)), "is not an upload"),
-        (lambda download: pack(encode_upload(Upload(report={"seconds": "x"}))), "cannot be read"),
+        (lambda download: pack(encode_download(download)), "message has a JSON NoneType"),
+        (
+            lambda download: pack(encode_upload(Upload(seconds={"train": "x"}))),
+            "'train' is not a finite number",
+        ),
         (lambda download: pack(encode_upload(Upload(failure="loss is nan"))), "loss is nan"),
     ],
 )
 def test_a_bad_answer_is_that_clients_failure_and_nobody_elses(answer, reason):
     grid = InMemoryGrid({5: node(0), 6: node(1, answer=answer), 7: node(2)})
     carried = transport(grid)
-    deliveries = list(carried.exchange(train(carried.client_ids)))
+    deliveries = list(carried.exchange(train(ids(carried))))
     assert reason in deliveries[1].upload.failure
     assert [deliveries[place].upload.failure for place in (0, 2)] == ["", ""]
 
@@ -157,7 +167,7 @@ def test_answers_behind_a_client_that_never_answers_are_not_lost():
     """They are taken in while the server waits, for Flower drops them when their time is over."""
     grid = InMemoryGrid({5: node(0, answer=lambda download: None), 6: node(1), 7: node(2)})
     carried = transport(grid)
-    deliveries = list(carried.exchange(train(carried.client_ids)))
+    deliveries = list(carried.exchange(train(ids(carried))))
     assert [bool(delivery.upload.failure) for delivery in deliveries] == [True, False, False]
     assert grid.clock.now == pytest.approx(60.0, abs=0.2)
 
@@ -175,10 +185,10 @@ def test_a_large_cohort_is_sent_a_few_ahead_and_downloads_are_made_when_they_are
     made = []
 
     def downloads():
-        for item in train(carried.client_ids):
+        for item in train(ids(carried)):
             made.append(item[0])
             yield item
 
     for done, _ in enumerate(carried.exchange(downloads())):
         assert len(made) <= done + MOST_UNANSWERED
-    assert tuple(made) == carried.client_ids
+    assert tuple(made) == ids(carried)

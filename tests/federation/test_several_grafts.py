@@ -9,48 +9,56 @@ from fedexperts.federation import rounds
 from fedexperts.federation.personal import PersonalStore
 from fedexperts.run_directory import read_json, read_lines
 from fedexperts.running.experiment import run_experiment
-from fedexperts.running.export import export_client, load_personalised, personalised_of_run
+from fedexperts.running.export import export_client, load_personalised, opened_model
 
 TWO = ("rounds=1", "algorithm.num_grafts=2")
 IDS = torch.arange(3, 40).unsqueeze(0)
 
 
-def logits(personalised):
+def logits(model):
     with torch.no_grad():
-        return personalised.model(input_ids=IDS).logits
+        return model(input_ids=IDS).logits
 
 
 @pytest.fixture
 def run(make_config, tmp_path, quiet, monkeypatch):
     """A finished run, with the names that its uploads had."""
     sent = set()
-    check = rounds.check_upload
-    monkeypatch.setattr(
-        rounds, "check_upload", lambda upload, state: (sent.update(upload.tensors), check(upload, state))
-    )
+    refusal = rounds.refusal
+
+    def record(upload, *rest):
+        sent.update(upload.tensors)
+        return refusal(upload, *rest)
+
+    monkeypatch.setattr(rounds, "refusal", record)
     run_experiment(make_config("flex", *TWO), tmp_path / "run", progress=quiet)
     return tmp_path / "run", sent
 
 
 def test_two_experts_of_each_layer_are_kept_and_never_sent(run):
     folder, sent = run
-    kept = PersonalStore(folder / "clients").load("client-000", before_round=2)
-    assert kept["chosen_experts"].shape == (2, 2)
-    names = [name for name in kept if name != "chosen_experts"]
-    assert {name.split(".graft.")[1].split(".")[0] for name in names} == {"0", "1"}
+    kept = PersonalStore(folder / "clients").load("client-000", 1)
+    chosen = kept.beside["chosen_experts"]
+    assert chosen.shape == (2, 2)
+    assert {name.split(".graft.")[1].split(".")[0] for name in kept.parameters} == {"0", "1"}
     assert not any(".graft." in name for name in sent)
     result = read_json(folder / "result.json")
-    assert result["clients"]["client-000"]["chosen_experts"] == kept["chosen_experts"].tolist()
+    assert result["clients"]["client-000"]["algorithm"] == {"chosen_experts": chosen.tolist()}
     assert result["frozen_unchanged"]
-    assert all(0 < line["gate_mean.1"] < 1 for line in read_lines(folder / "clients.jsonl"))
+    assert all(
+        0 < mean < 1
+        for line in read_lines(folder / "clients.jsonl")
+        for mean in line["algorithm"]["gate_mean"]
+    )
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_the_export_gives_the_same_bits(run, when, tmp_path):
     folder, _ = run
-    in_the_run = logits(personalised_of_run(folder, "client-001", when)[0])
+    with opened_model(folder, "client-001", when) as (bench, _, _):
+        in_the_run = logits(bench.parts.model)
     export_client(folder, "client-001", tmp_path / "out", when=when)
-    assert torch.equal(logits(load_personalised(tmp_path / "out")), in_the_run)
+    assert torch.equal(logits(load_personalised(tmp_path / "out").model), in_the_run)
 
 
 def test_a_run_over_flower_is_the_run_in_process(run, make_config, tmp_path):

@@ -229,7 +229,7 @@ def test_an_experts_name_reaches_its_slot(qwen: Seated) -> None:
         view.fill_(7.0)
         assert torch.equal(seam.slots_of(layer).tuned.weights["down_proj"][1], view)
         missing = seam.expert_name(layer, 6, "down_proj")
-        with pytest.raises(KeyError):
+        with pytest.raises(UserError, match="no tensor named"):
             seam.tensor_views(qwen.model, [missing])
 
 
