@@ -28,7 +28,9 @@ from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.graft import GateMeter, GraftForm, grafted
 from fedexperts.running.workbench import Workbench, open_workbench
 from fedexperts.tensors import Tensors
-from fedexperts.training.local_steps import LocalResult, ParameterGroup, TrainingSettings, local_steps
+from fedexperts.training.local_steps import LocalResult, local_steps
+from fedexperts.training.optimizers import ParameterGroup
+from fedexperts.training.settings import TrainingSettings
 
 CLIENT = "client-000"
 SAME_LORA = 1e-3

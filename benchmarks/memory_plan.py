@@ -26,7 +26,9 @@ from fedexperts.models.tiny import tiny_model
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.graft import GraftForm, graft
 from fedexperts.moe.surgery.slots import SlotPlan, split_layer
-from fedexperts.training.local_steps import ParameterGroup, TrainingSettings, local_steps
+from fedexperts.training.local_steps import local_steps
+from fedexperts.training.optimizers import ParameterGroup
+from fedexperts.training.settings import TrainingSettings
 
 RETURNING = {
     "MALLOC_MMAP_THRESHOLD_": "65536",

@@ -11,7 +11,7 @@ from fedexperts.messages import Upload
 from fedexperts.moe.surgery.seam import MoeLayer
 from fedexperts.seeds import derive_seed
 from fedexperts.tensors import Tensors
-from fedexperts.training.local_steps import TrainingSettings, learning_rate_share
+from fedexperts.training.settings import TrainingSettings, learning_rate_share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from fedexperts.errors import UserError
 from fedexperts.messages import Upload
 from fedexperts.moe.surgery import seam
 from fedexperts.tensors import Tensors
-from fedexperts.training.local_steps import ParameterGroup, local_steps
+from fedexperts.training.local_steps import local_steps
+from fedexperts.training.optimizers import ParameterGroup
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedexperts.algorithms.aggregation import average, current, load_tensors, upload_of
 from fedexperts.algorithms.api import Client, ModelParts, ServerState
+from fedexperts.algorithms.kept_state import flatten, unflatten
 from fedexperts.errors import UserError
 from fedexperts.messages import Upload
 from fedexperts.moe.choosing.subsets import LARGEST, choose_subsets
@@ -23,7 +24,8 @@ from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.graft import GateMeter, GraftForm
 from fedexperts.moe.surgery.seam import MoeLayer
 from fedexperts.tensors import Tensors
-from fedexperts.training.local_steps import LocalResult, ParameterGroup, local_steps
+from fedexperts.training.local_steps import LocalResult, local_steps
+from fedexperts.training.optimizers import ParameterGroup
 
 CHOSEN = "chosen_experts"
 """Personal tensor: the copied expert of each MoE layer, int64 (L,), or (L, num_grafts) with several."""
@@ -126,7 +128,7 @@ class Flex:
         upload = upload_of(client, parts.lora_names, tensors, result.metrics())
         for index, openness in meter.means().items():
             upload.metrics[f"gate_mean.{index}"] = openness
-        kept = {CHOSEN: personal[CHOSEN]} | current(parts.model, own) | result.moments
+        kept = {CHOSEN: personal[CHOSEN]} | current(parts.model, own) | flatten(result.optimizer_state)
         return upload, kept
 
     def _train(self, client: Client, personal: Tensors, own: tuple[str, ...]) -> LocalResult:
@@ -138,7 +140,7 @@ class Flex:
             ParameterGroup(names=weights, lr=client.lr * self.graft_lr_scale),
             ParameterGroup(names=gates, lr=client.lr * self.gate_lr_scale),
         ]
-        extra: dict[str, Any] = {"moments": personal, "keep_moments_of": own} if keep else {}
+        extra: dict[str, Any] = {"optimizer_state": unflatten(personal), "keep_state_of": own} if keep else {}
         return local_steps(
             client.parts.model,
             client.draw_batches(),

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from fedexperts.algorithms.aggregation import current, load_tensors
 from fedexperts.algorithms.api import Client, ModelParts, ServerState
+from fedexperts.algorithms.kept_state import flatten, unflatten
 from fedexperts.messages import Upload
 from fedexperts.tensors import Tensors
-from fedexperts.training.local_steps import ParameterGroup, local_steps
+from fedexperts.training.local_steps import local_steps
+from fedexperts.training.optimizers import ParameterGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +57,13 @@ class LocalOnly:
             [ParameterGroup(names=names, lr=client.lr)],
             client.training,
             seed=client.derive_seed("dropout"),
-            moments=own if keep else None,
-            keep_moments_of=names if keep else (),
+            optimizer_state=unflatten(own) if keep else None,
+            keep_state_of=names if keep else (),
             on_step=client.on_step,
         )
-        return Upload(metrics=result.metrics()), current(client.parts.model, names) | result.moments
+        return Upload(metrics=result.metrics()), current(client.parts.model, names) | flatten(
+            result.optimizer_state
+        )
 
     def server_update(self, state: ServerState, uploads: Iterable[Upload]) -> ServerState:
         """Count the round; there is nothing to average."""

@@ -12,7 +12,7 @@ from fedexperts.federation.cohort import CohortSettings
 from fedexperts.federation.transport import TransportSettings
 from fedexperts.models.adapters import AdapterSettings
 from fedexperts.models.load import ModelSettings
-from fedexperts.training.local_steps import TrainingSettings
+from fedexperts.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)

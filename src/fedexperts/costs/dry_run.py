@@ -12,7 +12,7 @@ import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 from fedexperts.data.batches import IGNORED_LABEL, Batch
 from fedexperts.moe.surgery import seam
-from fedexperts.training.local_steps import MOMENTS, ParameterGroup, TrainingSettings, local_steps
+from fedexperts.training.local_steps import local_steps
+from fedexperts.training.optimizers import OptimizerState, ParameterGroup, blank_state
+from fedexperts.training.settings import TrainingSettings
 
 _aten = torch.ops.aten
 
@@ -45,9 +47,10 @@ def peak_of_local_steps(
 ) -> int:
     """Largest number of bytes in tensors at once during local steps, the model's own not counted.
 
-    That is gradients, AdamW's state, activations and whatever lives between them. One step is run with
-    AdamW's state there from the beginning, as it is in all steps but the first. Routing is taken as even: its
-    shape matters to experts in slots only. ``model`` is left as it is, and nothing is computed.
+    That is gradients, the optimizer's state, activations and whatever lives between them. One step is run
+    with the optimizer's state there from the beginning, as it is in all steps but the first. Routing is taken
+    as even: its shape matters to experts in slots only. With accumulation, every micro-batch is counted as
+    the largest. ``model`` is left as it is, and nothing is computed.
 
     Args:
         model: in the seat, with adapters, grafts and slots in place; its tensors may be on the meta device.
@@ -58,17 +61,18 @@ def peak_of_local_steps(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _ShapesOnly(mode):
         fake = copy.deepcopy(model)
+    blank = blank_state({name: model.get_parameter(name) for name in trained}, settings)
     with mode, _meter_of(fake) as meter:
-        batch, moments = _fake_batch(shape), _fake_moments(fake, trained)
-        meter.num_labels = shape.labels
+        batch, state = _fake_batch(shape), _fake_state(blank)
+        meter.num_labels = _labels_of_a_part(shape, settings)
         with meter:
             local_steps(
                 fake,
                 [batch],
                 [ParameterGroup(names=tuple(trained), lr=1e-3)],
-                replace(settings, num_local_steps=1),
+                settings,
                 seed=0,
-                moments=moments,
+                optimizer_state=state,
             )
     return meter.peak
 
@@ -112,12 +116,16 @@ def _fake_batch(shape: BatchShape) -> Batch:
     )
 
 
-def _fake_moments(model: nn.Module, trained: Sequence[str]) -> dict[str, Tensor]:
-    parameters = dict(model.named_parameters())
+def _labels_of_a_part(shape: BatchShape, settings: TrainingSettings) -> int:
+    """Labels of the largest micro-batch, if every example has as many."""
+    num_parts = min(settings.accumulation, shape.examples)
+    return -(-shape.labels * -(-shape.examples // num_parts) // shape.examples)
+
+
+def _fake_state(blank: OptimizerState) -> OptimizerState:
     return {
-        f"optimizer.{what}.{name}": torch.zeros(()) if what == "step" else torch.zeros_like(parameters[name])
-        for name in trained
-        for what in MOMENTS
+        name: {key: torch.zeros_like(value, device="cpu") for key, value in kept.items()}
+        for name, kept in blank.items()
     }
 
 
@@ -163,6 +171,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
     def _see(self, tensor: Tensor, *, counts: bool) -> None:
+        if tensor.is_meta:
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._bytes:
@@ -177,7 +187,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of one operation; made up where it depends on data."""
         if func is _aten._local_scalar_dense.default:
-            return 0.0 if args[0].is_floating_point() else self._rows_each
+            return self._number(args[0])
         if func is _aten.nonzero.default:
             return self._pairs(args[0]) if args[0].dim() == 2 else _all_positions(args[0])
         if func is _aten.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:
@@ -185,6 +195,12 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _aten._grouped_mm.default:
             return _grouped(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _number(self, tensor: Tensor) -> float:
+        """A tensor's one value: 1 is a number that optimizers can divide by, and a mask is never all ones."""
+        if tensor.dtype == torch.bool:
+            return False
+        return 1.0 if tensor.is_floating_point() else self._rows_each
 
     def _pairs(self, is_hit_ST: Tensor) -> Tensor:
         """(R, 2) for an even routing of T tokens to S slots, each token to ``top_k`` of them."""

@@ -8,10 +8,8 @@ from fedexperts.algorithms.api import Algorithm, ModelParts, ServerState
 from fedexperts.costs.dry_run import BatchShape, peak_of_local_steps
 from fedexperts.messages import predict_bytes
 from fedexperts.tensors import num_bytes
-from fedexperts.training.local_steps import TrainingSettings
-
-ADAM_BYTES = 2
-"""AdamW keeps two numbers for each trained one, of the parameter's own dtype."""
+from fedexperts.training.optimizers import blank_state
+from fedexperts.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +60,23 @@ def predict_memory(
         shape: of the fullest batch.
         settings: the section ``[training]``.
     """
-    without = memory_before_activations(model, trained)
+    without = memory_before_activations(model, trained, settings)
     peak = peak_of_local_steps(model, trained, shape, settings)
     return replace(without, activations=max(0, peak - without.gradients - without.optimizer))
 
 
-def memory_before_activations(model: Any, trained: Sequence[str]) -> PredictedMemory:
+def memory_before_activations(
+    model: Any, trained: Sequence[str], settings: TrainingSettings
+) -> PredictedMemory:
     """What of :func:`predict_memory` does not depend on the batch; its activations are 0."""
     wanted = set(trained)
-    gradients = num_bytes({name: p for name, p in model.named_parameters() if name in wanted})
+    parameters = {name: p for name, p in model.named_parameters() if name in wanted}
+    state = blank_state(parameters, settings)
     held = (*model.parameters(), *model.buffers())
     return PredictedMemory(
         weights=sum(tensor.numel() * tensor.element_size() for tensor in held),
-        gradients=gradients,
-        optimizer=ADAM_BYTES * gradients,
+        gradients=num_bytes(parameters),
+        optimizer=sum(num_bytes(kept) for kept in state.values()),
         activations=0,
     )
 

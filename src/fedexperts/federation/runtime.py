@@ -20,7 +20,7 @@ from fedexperts.messages import Download, Upload
 from fedexperts.moe.surgery.graft import ungraft
 from fedexperts.seeds import derive_random
 from fedexperts.tensors import Tensors, sha256_of
-from fedexperts.training.local_steps import TrainingSettings
+from fedexperts.training.settings import TrainingSettings
 
 _NUM_ENCODED_CLIENTS = 8
 

@@ -17,7 +17,6 @@ from fedexperts.algorithms.fedavg import FedAvg, FedAvgExperts
 from fedexperts.algorithms.flex import Flex
 from fedexperts.algorithms.local_only import LocalOnly
 from fedexperts.costs.round import (
-    ADAM_BYTES,
     PredictedBytes,
     PredictedMemory,
     memory_before_activations,
@@ -41,6 +40,8 @@ Precision = Literal["dense", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("dense", "int8", "int4")
 MASTER_BYTES = 4
 """A tuned expert's weights and gradients, and each of AdamW's two numbers, are float32."""
+ADAM_BYTES = 2
+"""AdamW keeps two numbers for each trained one, of the parameter's own dtype."""
 _BITS: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
 
 
@@ -183,7 +184,9 @@ class Counter:
     def before_activations(self) -> PredictedMemory:
         """With frozen experts in the model's dtype; activations are left out."""
         parts, algorithm = self._dressed
-        return memory_before_activations(parts.model, _trained_names(parts, algorithm))
+        return memory_before_activations(
+            parts.model, _trained_names(parts, algorithm), self.settings.training
+        )
 
     @cached_property
     def memory(self) -> PredictedMemory:

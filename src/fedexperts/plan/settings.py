@@ -9,7 +9,7 @@ from fedexperts.errors import UserError
 from fedexperts.models.adapters import AdapterSettings
 from fedexperts.models.load import Dtype
 from fedexperts.moe.surgery.graft import GraftForm
-from fedexperts.training.local_steps import TrainingSettings
+from fedexperts.training.settings import TrainingSettings
 
 Method = Literal["flex", "flux", "fedavg", "fedavg_experts", "local_only"]
 METHODS: tuple[str, ...] = get_args(Method)

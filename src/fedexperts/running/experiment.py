@@ -34,7 +34,7 @@ from fedexperts.running.environment import describe_environment
 from fedexperts.running.progress import Progress
 from fedexperts.running.result import ResultParts, build_result, describe_parameters, mean_metrics
 from fedexperts.running.workbench import open_workbench, personal_store
-from fedexperts.training.local_steps import learning_rate_share
+from fedexperts.training.settings import learning_rate_share
 
 logger = logging.getLogger(__name__)
 

@@ -1,10 +1,11 @@
-"""Local steps: the one training loop, for every algorithm."""
+"""Train a model with local steps: one training loop for every algorithm."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,46 +15,14 @@ from fedexperts.data.batches import IGNORED_LABEL, Batch
 from fedexperts.errors import UserError
 from fedexperts.moe.observing.label_logits import logits_only_where
 from fedexperts.tensors import Tensors
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-"""What AdamW keeps for each parameter; stored as ``optimizer.<what>.<parameter>``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
-    """Section ``[training]``: the local steps of one client in one round."""
-
-    num_local_steps: int = 5
-    """Optimizer steps per client and round (papers.md A.4: 5)."""
-    batch_size: int = 8
-    """Examples per step."""
-    lr: float = 3e-3
-    """Learning rate of what travels, in the first round."""
-    lr_final_share: float = 0.025
-    """Learning rate of the last round as a share of the first's; cosine over rounds (FLEx: 4e-5 to 1e-6)."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
-    gradient_clip: float = 1.0
-    """Largest gradient norm over everything trained; 0 turns clipping off."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time, the same gradients."""
-    router_aux_loss: float = 0.0
-    """Coefficient of the load-balancing loss; 0 leaves it out (the family must have one)."""
-    optimizer_state: Literal["fresh", "kept"] = "fresh"
-    """AdamW's moments of personal tensors: anew in each round, as FLEx's release does, or kept."""
-
-    def __post_init__(self) -> None:
-        """Refuse numbers outside their range."""
-        for name in ("num_local_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.lr > 0:
-            raise UserError(f"lr must be above 0, not {self.lr}")
-        if not 0 <= self.lr_final_share <= 1:
-            raise UserError(f"lr_final_share must be from 0 to 1, not {self.lr_final_share}")
-        for name in ("weight_decay", "gradient_clip", "router_aux_loss"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} must not be negative, but is {getattr(self, name)}")
+from fedexperts.training.optimizers import (
+    OptimizerState,
+    ParameterGroup,
+    load_state,
+    make_optimizer,
+    state_of,
+)
+from fedexperts.training.settings import TrainingSettings, step_share
 
 
 class NonFiniteLossError(UserError):
@@ -61,30 +30,35 @@ class NonFiniteLossError(UserError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParameterGroup:
-    """Parameters that share a learning rate."""
+class Correction:
+    """An algorithm's own change of local steps; both functions run without gradients being recorded."""
 
-    names: tuple[str, ...]
-    lr: float
+    gradient: Callable[[str, Tensor, Tensor], Tensor | None] | None = None
+    """Takes name, parameter and gradient before clipping; returns the gradient to use, None to keep it."""
+    after_step: Callable[[str, Tensor, float], None] | None = None
+    """Takes name, parameter and learning rate after each step; may change the parameter in place."""
 
 
 @dataclass(kw_only=True)
 class LocalResult:
-    """What happened in the local steps."""
+    """Losses, counts and optimizer state of the local steps."""
 
     losses: list[float] = field(default_factory=list)
     """Mean cross-entropy over label tokens before each step, in nats, without the load-balancing loss."""
     gradient_norms: list[float] = field(default_factory=list)
+    """Norm over everything trained in each step, corrected and not yet clipped."""
     num_examples: int = 0
     num_labels: int = 0
     num_tokens: int = 0
     untrained: tuple[str, ...] = ()
     """Parameters that got no gradient in any step: a guard against experts that silently never train."""
-    moments: Tensors = field(default_factory=dict)
-    """AdamW's state of the parameters that were asked for, by ``optimizer.<what>.<parameter>``."""
+    num_corrections: int = 0
+    """Gradients that the correction replaced, and parameters that it was called with after a step."""
+    optimizer_state: OptimizerState = field(default_factory=dict)
+    """The optimizer's state of the parameters that were asked for."""
 
     def metrics(self) -> dict[str, float]:
-        """The figures that a round's log keeps."""
+        """The figures that a round's log keeps; ``num_corrections`` only where a correction was given."""
         return {
             "train_loss": math.fsum(self.losses) / len(self.losses),
             "train_loss_first": self.losses[0],
@@ -94,14 +68,7 @@ class LocalResult:
             "num_labels": self.num_labels,
             "num_tokens": self.num_tokens,
             "num_untrained": len(self.untrained),
-        }
-
-
-def learning_rate_share(round: int, num_rounds: int, settings: TrainingSettings) -> float:
-    """Learning rate of ``round`` (from 1) as a share of the first's: cosine over rounds, flat within one."""
-    progress = 0.0 if num_rounds == 1 else min((round - 1) / (num_rounds - 1), 1.0)
-    low = settings.lr_final_share
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+        } | ({"num_corrections": self.num_corrections} if self.num_corrections else {})
 
 
 def local_steps(
@@ -111,8 +78,9 @@ def local_steps(
     settings: TrainingSettings,
     *,
     seed: int,
-    moments: Mapping[str, Tensor] | None = None,
-    keep_moments_of: Sequence[str] = (),
+    optimizer_state: Mapping[str, Tensors] | None = None,
+    keep_state_of: Sequence[str] = (),
+    correction: Correction | None = None,
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> LocalResult:
     """Train the parameters named in ``groups``, one step for each batch; everything else is frozen.
@@ -123,32 +91,65 @@ def local_steps(
         groups: parameters by name, with their learning rates.
         settings: the section ``[training]``.
         seed: for dropout; the global generator is left as it was.
-        moments: AdamW's state to go on from, as :attr:`LocalResult.moments` gives it.
-        keep_moments_of: parameters whose AdamW state is wanted in the result.
+        optimizer_state: to go on from, as :attr:`LocalResult.optimizer_state` gives it.
+        keep_state_of: parameters whose optimizer state is wanted in the result.
+        correction: the algorithm's change of gradients or parameters.
         on_step: called with each step's loss.
 
     Raises:
         NonFiniteLossError: a loss or gradient is not finite; the model is then of no use.
+        UserError: the optimizer's package is missing, its state does not fit, or the correction does nothing.
     """
-    parameters = _train_only(model, [name for group in groups for name in group.names])
-    optimizer = _optimizer(parameters, groups, settings)
-    _load_moments(optimizer, parameters, moments or {})
-    result, seen = LocalResult(), set()
-    with _training_mode(model, settings), torch.random.fork_rng(devices=_cuda_devices(model)):
+    names, result = [name for group in groups for name in group.names], LocalResult()
+    fired: Counter[str] = Counter()
+    seen: set[str] = set()
+    with _training_mode(model, names, settings) as parameters, torch.random.fork_rng(_cuda_devices(model)):
+        optimizer = make_optimizer(parameters, groups, settings)
+        load_state(optimizer, parameters, optimizer_state or {}, settings)
         torch.manual_seed(seed)
-        for batch in batches:
+        for step, batch in enumerate(batches, 1):
             optimizer.zero_grad(set_to_none=True)
-            loss = _backward(model, batch, settings.router_aux_loss)
+            rates = _set_rates(optimizer, groups, step_share(step, len(batches), settings))
+            loss = _backward(model, batch, settings)
+            reached = {
+                name: parameter for name, parameter in parameters.items() if parameter.grad is not None
+            }
+            fired["gradient"] += _correct_gradients(reached, correction)
             norm = _clip(parameters.values(), settings.gradient_clip)
-            _refuse_non_finite(len(result.losses) + 1, loss, norm)
+            _refuse_non_finite(step, loss, norm)
             optimizer.step()
-            seen |= {name for name, parameter in parameters.items() if parameter.grad is not None}
+            fired["after_step"] += _correct_parameters(reached, rates, correction)
+            seen |= reached.keys()
             _count(result, batch, loss, norm)
             on_step(loss)
-    result.untrained = tuple(name for name in parameters if name not in seen)
-    result.moments = _moments_of(optimizer, parameters, keep_moments_of)
-    _train_only(model, [])
+        result.optimizer_state = state_of(optimizer, parameters, keep_state_of)
+    _refuse_idle(correction, fired)
+    result.untrained = tuple(name for name in names if name not in seen)
+    result.num_corrections = fired.total()
     return result
+
+
+@contextmanager
+def _training_mode(
+    model: Any, names: Sequence[str], settings: TrainingSettings
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Make ``names`` trainable and nothing else, in training mode; nothing is trainable afterwards."""
+    if settings.router_aux_loss and getattr(model, "router_aux_loss_coef", None) is None:
+        raise UserError(
+            f"training.router_aux_loss is {settings.router_aux_loss}, but {type(model).__name__} has no "
+            "load-balancing loss: set it to 0"
+        )
+    try:
+        parameters = _train_only(model, names)
+        model.train()
+        if settings.gradient_checkpointing:
+            _checkpointing(model, "enable", {"use_reentrant": False})
+        yield parameters
+    finally:
+        if settings.gradient_checkpointing:
+            _checkpointing(model, "disable")
+        model.eval()
+        _train_only(model, [])
 
 
 def _train_only(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -163,77 +164,88 @@ def _train_only(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Paramete
     return {name: found[name] for name in names}
 
 
-def _optimizer(
-    parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], settings: TrainingSettings
-) -> torch.optim.AdamW:
-    listed = [
-        {"params": [parameters[name] for name in group.names], "lr": group.lr}
-        for group in groups
-        if group.names
-    ]
-    return torch.optim.AdamW(listed, weight_decay=settings.weight_decay, fused=True)
-
-
-def _load_moments(
-    optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter], moments: Mapping[str, Tensor]
-) -> None:
-    for name, parameter in parameters.items():
-        if f"optimizer.step.{name}" in moments:
-            optimizer.state[parameter] = {
-                what: moments[f"optimizer.{what}.{name}"].to(parameter.device, copy=True) for what in MOMENTS
-            }
-
-
-def _moments_of(
-    optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter], names: Sequence[str]
-) -> Tensors:
-    return {
-        f"optimizer.{what}.{name}": optimizer.state[parameters[name]][what].detach().cpu().clone()
-        for name in names
-        for what in MOMENTS
-        if optimizer.state[parameters[name]]
-    }
-
-
-@contextmanager
-def _training_mode(model: Any, settings: TrainingSettings) -> Iterator[None]:
-    model.train()
-    if settings.gradient_checkpointing:
-        _checkpointing(model, "enable", {"use_reentrant": False})
-    if settings.router_aux_loss and getattr(model, "router_aux_loss_coef", None) is None:
-        raise UserError(
-            f"training.router_aux_loss is {settings.router_aux_loss}, but {type(model).__name__} has no "
-            "load-balancing loss: set it to 0"
-        )
-    try:
-        yield
-    finally:
-        if settings.gradient_checkpointing:
-            _checkpointing(model, "disable")
-        model.eval()
-
-
 def _checkpointing(model: Any, verb: str, *arguments: Any) -> None:
     """Late releases of transformers 5 call it activation checkpointing, and warn of the old name."""
     new = getattr(model, f"activation_checkpointing_{verb}", None)
     (new or getattr(model, f"gradient_checkpointing_{verb}"))(*arguments)
 
 
-def _backward(model: Any, batch: Batch, router_aux_loss: float) -> float:
+def _set_rates(
+    optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup], share: float
+) -> dict[str, float]:
+    """Set each group's learning rate of this step; return it for each parameter."""
+    given = [group for group in groups if group.names]
+    for own, group in zip(optimizer.param_groups, given, strict=True):
+        own["lr"] = group.lr * share
+    return {name: group.lr * share for group in given for name in group.names}
+
+
+def _backward(model: Any, batch: Batch, settings: TrainingSettings) -> float:
+    """Add up the gradients of the mean loss over the batch's label tokens, one micro-batch at a time."""
+    num_micro = min(settings.accumulation, len(batch.input_ids))
+    tensors = (batch.input_ids, batch.attention_mask, batch.labels)
+    num_asked = (batch.labels[:, 1:] != IGNORED_LABEL).sum()
+    loss = 0.0
+    for micro in zip(*(tensor.tensor_split(num_micro) for tensor in tensors), strict=True):
+        loss += _backward_part(model, micro, num_asked, settings.router_aux_loss / num_micro)
+    return loss
+
+
+def _backward_part(
+    model: Any, micro: tuple[Tensor, Tensor, Tensor], num_asked: Tensor, router_aux_loss: float
+) -> float:
     device = next(model.parameters()).device
-    next_labels = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(device)
+    input_ids, attention_mask, labels = (tensor.to(device) for tensor in micro)
+    next_labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
     is_asked = next_labels != IGNORED_LABEL
     with logits_only_where(is_asked, model):
         output = model(
-            input_ids=batch.input_ids.to(device),
-            attention_mask=batch.attention_mask.to(device),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
             use_cache=False,
             **({"output_router_logits": True} if router_aux_loss else {}),
         )
-    loss = functional.cross_entropy(output.logits.float(), next_labels[is_asked])
+    summed = functional.cross_entropy(output.logits.float(), next_labels[is_asked], reduction="sum")
+    loss = summed / num_asked.to(device)
     total = loss + router_aux_loss * output.aux_loss if router_aux_loss else loss
     total.backward()
     return float(loss.detach())
+
+
+@torch.no_grad()
+def _correct_gradients(parameters: Mapping[str, nn.Parameter], correction: Correction | None) -> int:
+    if correction is None or correction.gradient is None:
+        return 0
+    num_replaced = 0
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None
+        corrected = correction.gradient(name, parameter, parameter.grad)
+        if corrected is not None:
+            parameter.grad = corrected
+            num_replaced += 1
+    return num_replaced
+
+
+@torch.no_grad()
+def _correct_parameters(
+    parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float], correction: Correction | None
+) -> int:
+    if correction is None or correction.after_step is None:
+        return 0
+    for name, parameter in parameters.items():
+        correction.after_step(name, parameter, rates[name])
+    return len(parameters)
+
+
+def _refuse_idle(correction: Correction | None, fired: Mapping[str, int]) -> None:
+    if correction is None:
+        return
+    if correction.gradient is None and correction.after_step is None:
+        raise UserError("the algorithm's correction is empty: it needs gradient or after_step")
+    if correction.gradient is not None and not fired["gradient"]:
+        raise UserError("the algorithm's correction returned no gradient in any local step: it has no effect")
+    if correction.after_step is not None and not fired["after_step"]:
+        raise UserError("the algorithm's after_step was never called: no trained parameter got a gradient")
 
 
 def _clip(parameters: Any, largest: float) -> float:
