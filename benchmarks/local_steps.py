@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fedexperts.algorithms.aggregation import current, load_tensors
 from peft import get_peft_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
@@ -18,7 +19,6 @@ from benchmarks.matmul_roof import ProductCounter, seconds_at_own_shapes, square
 from benchmarks.phases import shares_by_part
 from benchmarks.setting import bench_config, model_source
 from benchmarks.timing import in_turns, paired_ratio, spread
-from fedexperts.algorithms.aggregation import current, load_tensors
 from fedexperts.algorithms.api import ModelParts
 from fedexperts.config.schema import RunConfig
 from fedexperts.costs.stopwatch import Stopwatch
@@ -28,7 +28,9 @@ from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.graft import GateMeter, GraftForm, grafted
 from fedexperts.running.workbench import Workbench, open_workbench
 from fedexperts.tensors import Tensors
-from fedexperts.training.local_steps import LocalResult, ParameterGroup, TrainingSettings, local_steps
+from fedexperts.training.local_steps import LocalResult, local_steps
+from fedexperts.training.optimizers import ParameterGroup
+from fedexperts.training.settings import TrainingSettings
 
 CLIENT = "client-000"
 SAME_LORA = 1e-3

@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fedexperts.costs.memory import predict_memory
 
 from benchmarks.tables import Figures, Table
 from fedexperts.costs.dry_run import BatchShape
-from fedexperts.costs.round import predict_memory
 from fedexperts.data.batches import IGNORED_LABEL, Batch
 from fedexperts.models.adapters import AdapterSettings, add_lora
 from fedexperts.models.tiny import tiny_model
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.graft import GraftForm, graft
 from fedexperts.moe.surgery.slots import SlotPlan, split_layer
-from fedexperts.training.local_steps import ParameterGroup, TrainingSettings, local_steps
+from fedexperts.training.local_steps import local_steps
+from fedexperts.training.optimizers import ParameterGroup
+from fedexperts.training.settings import TrainingSettings
 
 RETURNING = {
     "MALLOC_MMAP_THRESHOLD_": "65536",

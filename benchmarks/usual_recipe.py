@@ -30,7 +30,7 @@ from fedexperts.data.prompts import Encoded, PromptFormat
 from fedexperts.models.adapters import find_targets, lora_config, lora_state, peft_state
 from fedexperts.seeds import derive_random
 from fedexperts.tensors import Tensors
-from fedexperts.training.local_steps import learning_rate_share
+from fedexperts.training.settings import learning_rate_share
 
 Records = dict[str, list[dict[str, Any]]]
 """Training examples by client."""

@@ -7,17 +7,19 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.memory_plan import CASES, RETURNING, in_new_process
+from fedexperts.costs.memory import memory_before_activations, predict_memory
 from torch import Tensor
 
 from fedexperts.costs.dry_run import BatchShape, Meter, peak_of_local_steps
-from fedexperts.costs.round import predict_memory
 from fedexperts.data.batches import IGNORED_LABEL, Batch
 from fedexperts.models.adapters import AdapterSettings, add_lora
 from fedexperts.models.tiny import FAMILIES, tiny_model
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.graft import GraftForm, graft
 from fedexperts.moe.surgery.slots import SlotPlan, split_layer
-from fedexperts.training.local_steps import ParameterGroup, TrainingSettings, local_steps
+from fedexperts.training.local_steps import local_steps
+from fedexperts.training.optimizers import ParameterGroup
+from fedexperts.training.settings import TrainingSettings
 
 SHAPE = BatchShape(examples=2, length=24, labels=10)
 DATA_DEPENDENT = {"deepseek_v4", "qwen4_exp_text"}
@@ -54,7 +56,7 @@ def batch() -> Batch:
     labels = torch.full_like(ids, IGNORED_LABEL)
     labels[:, 10:15] = ids[:, 10:15]
     mask = torch.ones_like(ids)
-    mask[0, 20:] = 0
+    mask[:, 20:] = 0
     return Batch(
         input_ids=ids,
         attention_mask=mask,
@@ -71,8 +73,8 @@ def real_peak(model: Any, names: list[str], settings: TrainingSettings) -> int:
     return meter.peak
 
 
-def settings(*, recomputes: bool = False) -> TrainingSettings:
-    return TrainingSettings(gradient_checkpointing=recomputes)
+def settings(*, recomputes: bool = False, **more: Any) -> TrainingSettings:
+    return TrainingSettings(gradient_checkpointing=recomputes, **more)
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
@@ -140,11 +142,61 @@ def test_more_of_anything_takes_more(change: Callable[[BatchShape], BatchShape],
     )
 
 
-def test_gradients_and_moments_are_counted_exactly() -> None:
-    model, names = with_lora_and_grafts("qwen2_moe", torch.bfloat16)
-    memory = predict_memory(model, names, SHAPE, settings())
-    trained = 4 * sum(p.numel() for name, p in model.named_parameters() if name in set(names))
-    assert (memory.gradients, memory.optimizer) == (trained, 2 * trained)
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "sgd": {"optimizer": "sgd"},
+    "momentum": {"optimizer": "sgd", "momentum": 0.9},
+    "adafactor": {"optimizer": "adafactor"},
+    "adamw8bit": {"optimizer": "adamw8bit"},
+}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_is_counted_to_the_byte_with_and_without_accumulation(
+    name: str, accumulation: int
+) -> None:
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    model, names = with_lora_and_grafts("qwen2_moe")
+    training = settings(accumulation=accumulation, **OPTIMIZERS[name])
+    # No meter sees what torch.tensor makes: Adafactor's steps, and the two tables of the 8-bit format.
+    unseen = {"adafactor": 4 * len(names), "adamw8bit": 2 * 4 * 256}.get(name, 0)
+    assert peak_of_local_steps(model, names, SHAPE, training) == real_peak(model, names, training) + unseen
+
+
+def test_accumulation_takes_fewer_bytes() -> None:
+    model, names = with_lora_and_grafts("qwen2_moe")
+    whole, parts = (
+        predict_memory(model, names, SHAPE, settings(accumulation=accumulation)) for accumulation in (1, 2)
+    )
+    assert parts.activations < 0.7 * whole.activations
+    assert (parts.gradients, parts.optimizer) == (whole.gradients, whole.optimizer)
+
+
+def test_gradients_and_optimizer_state_are_counted_exactly() -> None:
+    model, names = with_slots(torch.bfloat16)
+    shapes = [parameter.shape for name, parameter in model.named_parameters() if name in set(names)]
+    trained, steps = sum(4 * shape.numel() for shape in shapes), 4 * len(shapes)
+    # Adafactor keeps a row's and a column's mean for each matrix.
+    factors = sum(4 * shape[0] * (shape[1] + shape[2]) for shape in shapes)
+    expected = {
+        "adamw": 2 * trained + steps,
+        "sgd": 0,
+        "momentum": trained,
+        "adafactor": factors + steps,
+    }
+    for name, optimizer in expected.items():
+        memory = predict_memory(model, names, SHAPE, settings(**OPTIMIZERS[name]))
+        assert (memory.gradients, memory.optimizer) == (trained, optimizer), name
+
+
+def test_8_bit_state_is_counted_in_bytes() -> None:
+    pytest.importorskip("bitsandbytes")
+    parameter = torch.nn.Linear(64, 80, bias=False)
+    memory = memory_before_activations(parameter, ["weight"], settings(optimizer="adamw8bit"))
+    # Two numbers of a byte each, a float32 for every block of 256, and the step.
+    assert memory.optimizer == 2 * (64 * 80 + 4 * 64 * 80 // 256) + 8
 
 
 @pytest.mark.slow

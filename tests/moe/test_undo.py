@@ -10,8 +10,8 @@ from fedexperts.models.checkpoint import Checkpoint
 from fedexperts.models.tiny import tiny_model
 from fedexperts.moe.compressing.quantize import quantize_experts
 from fedexperts.moe.surgery import seam
-from fedexperts.moe.surgery.low_bit import LowBitForm
 from fedexperts.moe.surgery.graft import GraftForm, graft, ungraft
+from fedexperts.moe.surgery.low_bit import LowBitForm
 from fedexperts.moe.surgery.slots import SlotPlan, split_layer
 from fedexperts.moe.surgery.undo import push_undo, undone, will_train
 from fedexperts.tensors import sha256_of
@@ -90,8 +90,8 @@ def add_second_lora(model, layers):
             parameter.data.add_(1.0)
 
 
-def quantize(model, _):
-    quantize_experts(model, LowBitForm(bits=4))
+def quantize(_, layers):
+    quantize_experts(layers, LowBitForm(bits=4))
 
 
 SURGERY = (
@@ -186,7 +186,9 @@ def test_experts_of_one_merged_group_cannot_be_written_apart(model):
         split(model, layers)
         names = [seam.expert_name(layers[0], expert, "down_proj") for expert in (2, 3)]
         before = seam.current(model, names)
-        tensors = {name: torch.full_like(before[name], value) for name, value in zip(names, (2.0, 3.0), strict=True)}
+        tensors = {
+            name: torch.full_like(before[name], value) for name, value in zip(names, (2.0, 3.0), strict=True)
+        }
         with pytest.raises(UserError, match=r"experts 2, 3, .* share one merged expert"):
             seam.load_tensors(model, tensors)
         assert all(torch.equal(seam.current(model, [name])[name], before[name]) for name in names)

@@ -10,13 +10,9 @@ from fedexperts.errors import UserError
 from fedexperts.models.adapters import AdapterSettings, add_lora
 from fedexperts.models.tiny import FAMILIES, tiny_model
 from fedexperts.moe.surgery import seam
-from fedexperts.training.local_steps import (
-    NonFiniteLossError,
-    ParameterGroup,
-    TrainingSettings,
-    learning_rate_share,
-    local_steps,
-)
+from fedexperts.training.local_steps import Correction, NonFiniteLossError, local_steps
+from fedexperts.training.optimizers import ParameterGroup
+from fedexperts.training.settings import TrainingSettings
 
 
 def make_model(family: str = "qwen2_moe", **overrides):
@@ -86,16 +82,6 @@ def test_gradient_checkpointing_changes_no_bit():
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
-def test_moments_that_are_kept_make_two_calls_one():
-    whole, split = make_model(), make_model()
-    names = add_lora(whole, AdapterSettings(rank=2), 0)
-    add_lora(split, AdapterSettings(rank=2), 0)
-    train(whole, names)
-    first = train(split, names, batches=make_batches()[:1], keep_moments_of=names)
-    train(split, names, batches=make_batches()[1:], moments=first.moments)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), split.parameters(), strict=True))
-
-
 def test_dropout_depends_on_the_seed_alone():
     results = []
     for disturbance in (0, 1):
@@ -115,8 +101,10 @@ def test_a_non_finite_loss_is_refused(bad):
     names = add_lora(model, AdapterSettings(rank=2), 0)
     with torch.no_grad():
         dict(model.named_parameters())["model.norm.weight"].fill_(bad)
-    with pytest.raises(NonFiniteLossError, match="local step 1 is"):
+    with pytest.raises(NonFiniteLossError, match="loss at local step 1 is"):
         train(model, names)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_an_expert_without_gradient_is_counted():
@@ -144,15 +132,242 @@ def test_a_family_without_load_balancing_loss_is_refused_by_name():
         train(model, names, TrainingSettings(router_aux_loss=0.1))
 
 
-def test_the_rate_is_a_cosine_over_rounds():
-    settings = TrainingSettings(lr_final_share=0.025)
-    assert learning_rate_share(1, 100, settings) == 1.0
-    assert learning_rate_share(100, 100, settings) == pytest.approx(0.025)
-    assert learning_rate_share(101, 100, settings) == pytest.approx(0.025)
-    assert learning_rate_share(3, 5, settings) == pytest.approx((1 + 0.025) / 2)
+def lora_model(dropout: float = 0.0):
+    model = make_model()
+    return model, add_lora(model, AdapterSettings(rank=2, dropout=dropout), 0)
 
 
-@pytest.mark.parametrize("key", ["num_local_steps", "batch_size", "lr"])
-def test_numbers_out_of_range_are_refused(key):
-    with pytest.raises(UserError, match=f"^{key} must be"):
-        TrainingSettings(**{key: 0})
+def trained(settings=None, batches=None, **more):
+    """A model after local steps: its LoRA parameters by name."""
+    model, names = lora_model()
+    train(model, names, settings, batches, **more)
+    return {name: snapshot(model)[name] for name in names}
+
+
+def assert_same(first, second):
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def gradients_of(model, names, batch):
+    """Of the loss that transformers computes itself, by name."""
+    parameters = dict(model.named_parameters())
+    wanted = [parameters[name].requires_grad_(True) for name in names]
+    loss = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
+    ).loss
+    gradients = torch.autograd.grad(loss, wanted)
+    model.requires_grad_(False)
+    return dict(zip(names, gradients, strict=True))
+
+
+SGD = TrainingSettings(optimizer="sgd", gradient_clip=0)
+
+
+def test_clipping_scales_all_gradients_to_the_norm_that_is_set():
+    """Tolerance: float32 rounding of one product, and of a norm that is summed in another order."""
+    model, names = lora_model()
+    (batch,), before = make_batches(1), snapshot(model)
+    gradients = gradients_of(model, names, batch)
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    assert norm > 0.01
+    result = train(model, names, TrainingSettings(optimizer="sgd", gradient_clip=0.01), [batch])
+    assert result.gradient_norms == [pytest.approx(norm.item(), rel=1e-5)]
+    for name, parameter in snapshot(model).items():
+        step = 1e-2 * gradients[name] * (0.01 / norm) if name in gradients else 0
+        torch.testing.assert_close(parameter, before[name] - step, rtol=1e-6, atol=1e-9)
+
+
+def test_each_group_has_its_own_rate():
+    model, names = lora_model()
+    before, (batch,) = snapshot(model), make_batches(1)
+    gradients = gradients_of(model, names, batch)
+    rates = {name: (0.5 if ".lora_A." in name else 0.25) for name in names}
+    groups = [
+        ParameterGroup(names=tuple(name for name in names if rates[name] == rate), lr=rate)
+        for rate in (0.5, 0.25)
+    ]
+    local_steps(model, [batch], [*groups, ParameterGroup(names=(), lr=1.0)], SGD, seed=0)
+    after = snapshot(model)
+    for name in names:
+        step = rates[name] * gradients[name]
+        torch.testing.assert_close(after[name], before[name] - step, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_rate_follows_the_schedule_within_a_round(schedule):
+    settings = TrainingSettings(step_schedule=schedule, step_final_share=0.5, num_local_steps=3)
+    seen = []
+    trained(settings, correction=Correction(after_step=lambda name, parameter, lr: seen.append(lr)))
+    assert sorted(set(seen), reverse=True) == pytest.approx([1e-2, 0.75e-2, 0.5e-2])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor"])
+def test_the_scheduled_rate_reaches_the_optimizer(optimizer):
+    flat = TrainingSettings(optimizer=optimizer)
+    scheduled = TrainingSettings(optimizer=optimizer, step_schedule="linear", step_final_share=0)
+    # With a last rate of 0, the last of two steps does nothing.
+    one_step, two_steps = trained(flat, make_batches(1)), trained(scheduled, make_batches(2))
+    assert_same(one_step, two_steps)
+
+
+def padded_batch():
+    """Five examples of 8 to 14 tokens; the second has its only label where none is learnt."""
+    ids = torch.randint(3, 100, (5, 14), generator=torch.Generator().manual_seed(2))
+    mask, labels = torch.ones_like(ids), ids.clone()
+    for row, (length, prompt) in enumerate([(14, 5), (9, 0), (12, 11), (8, 2), (14, 9)]):
+        mask[row, length:] = 0
+        labels[row, :prompt] = labels[row, length:] = -100
+    labels[1, 1:] = -100
+    num_labels = int((labels != -100).sum())
+    return Batch(input_ids=ids, attention_mask=mask, labels=labels, num_examples=5, num_labels=num_labels)
+
+
+@pytest.mark.parametrize("accumulation", [2, 3, 5, 8])
+def test_accumulated_gradients_are_those_of_the_whole_batch(accumulation):
+    """Also with a micro-batch without labels, and with fewer examples than micro-batches.
+
+    Tolerance: float32 sums in another order, over 5 examples.
+    """
+    results = []
+    for settings in (SGD, TrainingSettings(optimizer="sgd", gradient_clip=0, accumulation=accumulation)):
+        model, names = lora_model()
+        before = snapshot(model)
+        result = train(model, names, settings, [padded_batch()])
+        after = snapshot(model)
+        results.append((result, {name: after[name] - before[name] for name in names}))
+    (whole, step), (parts, summed) = results
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert parts.gradient_norms == pytest.approx(whole.gradient_norms, rel=1e-5)
+    for name in step:
+        torch.testing.assert_close(summed[name], step[name], rtol=1e-4, atol=1e-7)
+    assert (parts.num_examples, parts.num_labels, parts.num_tokens) == (5, whole.num_labels, 57)
+
+
+def test_a_step_in_micro_batches_runs_the_model_on_each():
+    model, names = lora_model()
+    sizes = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    train(model, names, TrainingSettings(accumulation=3), [padded_batch()])
+    handle.remove()
+    assert sizes == [2, 2, 1]
+
+
+def proximal(start, mu):
+    return Correction(gradient=lambda name, w, gradient: gradient + mu * (w - start[name]))
+
+
+def test_a_proximal_correction_is_the_gradient_of_the_proximal_loss():
+    """Against autograd on loss + μ/2·|w - w₀|²; tolerance: float32 rounding over three steps."""
+    mu, lr = 0.5, 1.0
+    model, names = lora_model()
+    start = snapshot(model)
+    expected = {name: start[name].clone() for name in names}
+    for batch in make_batches():
+        parameters = dict(model.named_parameters())
+        wanted = [parameters[name].requires_grad_(True) for name in names]
+        loss = model(input_ids=batch.input_ids, labels=batch.labels, use_cache=False).loss
+        loss = loss + mu / 2 * sum(
+            ((w - start[name]) ** 2).sum() for name, w in zip(names, wanted, strict=True)
+        )
+        with torch.no_grad():
+            for name, w, gradient in zip(names, wanted, torch.autograd.grad(loss, wanted), strict=True):
+                w -= lr * gradient
+                expected[name] = w.clone()
+    corrected, _ = lora_model()
+    groups = [ParameterGroup(names=tuple(names), lr=lr)]
+    result = local_steps(corrected, make_batches(), groups, SGD, seed=0, correction=proximal(start, mu))
+    after = snapshot(corrected)
+    for name in names:
+        torch.testing.assert_close(after[name], expected[name], rtol=1e-4, atol=1e-6)
+    assert result.num_corrections == result.metrics()["num_corrections"] == 3 * len(names)
+    plain, _ = lora_model()
+    local_steps(plain, make_batches(), groups, SGD, seed=0)
+    assert any((snapshot(plain)[name] - after[name]).abs().max() > 1e-3 for name in names)
+
+
+def test_a_proximal_correction_with_mu_0_changes_no_bit():
+    start = snapshot(lora_model()[0])
+    assert_same(trained(correction=proximal(start, 0.0)), trained())
+
+
+def test_a_correction_comes_before_clipping_and_after_accumulation():
+    seen = []
+
+    def enlarge(name, parameter, gradient):
+        seen.append(name)
+        return gradient * 1e6
+
+    model, names = lora_model()
+    settings = TrainingSettings(optimizer="sgd", accumulation=2, gradient_clip=1.0)
+    before = snapshot(model)
+    result = train(model, names, settings, make_batches(1), correction=Correction(gradient=enlarge))
+    step = torch.cat([(parameter - before[name]).flatten() for name, parameter in snapshot(model).items()])
+    assert seen == list(names)
+    assert result.gradient_norms[0] > 1e4
+    assert step.norm().item() == pytest.approx(1e-2, rel=1e-3)  # lr times the clipped norm
+
+
+def test_a_gradient_that_a_correction_leaves_is_not_counted():
+    model, names = lora_model()
+    one = Correction(gradient=lambda name, w, gradient: gradient * 2 if name == names[0] else None)
+    assert train(model, names, correction=one).num_corrections == 3
+
+
+def test_after_step_sees_the_parameter_after_the_optimizer_and_its_rate():
+    """SCAFFOLD's form: w ← w - η·c after a step."""
+    model, names = lora_model()
+    before, (batch,), shift = snapshot(model), make_batches(1), 0.125
+
+    def after_step(name, parameter, lr):
+        parameter.sub_(lr * shift)
+
+    gradients = gradients_of(model, names, batch)
+    result = train(model, names, SGD, [batch], correction=Correction(after_step=after_step))
+    after = snapshot(model)
+    for name in names:
+        torch.testing.assert_close(after[name], before[name] - 1e-2 * (gradients[name] + shift))
+    assert result.num_corrections == len(names)
+
+
+def test_metrics_name_corrections_only_where_there_is_one():
+    model, names = lora_model()
+    assert "num_corrections" not in train(model, names).metrics()
+
+
+@pytest.mark.parametrize(
+    ("correction", "message"),
+    [
+        (Correction(), "correction is empty"),
+        (Correction(gradient=lambda *_: None), "returned no gradient in any local step"),
+        (
+            Correction(gradient=lambda *_: None, after_step=lambda *_: None),
+            "returned no gradient in any local step",
+        ),
+    ],
+)
+def test_a_correction_without_effect_is_refused(correction, message):
+    model, names = lora_model()
+    with pytest.raises(UserError, match=message):
+        train(model, names, correction=correction)
+
+
+def test_a_correction_of_parameters_that_get_no_gradient_is_refused():
+    model = make_model()
+    model.register_parameter("idle", torch.nn.Parameter(torch.ones(2)))
+    head = next(name for name, _ in model.named_parameters() if "lm_head" in name)
+    # A loss needs one trained parameter; the hook takes its gradient away.
+    correction = Correction(after_step=lambda *_: None)
+    dict(model.named_parameters())[head].requires_grad_(True).register_post_accumulate_grad_hook(
+        lambda parameter: setattr(parameter, "grad", None)
+    )
+    with pytest.raises(UserError, match="after_step was never called"):
+        train(model, ["idle", head], correction=correction)
+
+
+def test_a_correction_that_is_not_finite_is_refused():
+    model, names = lora_model()
+    bad = Correction(gradient=lambda name, w, gradient: gradient * math.nan)
+    with pytest.raises(NonFiniteLossError, match="gradient norm at local step 1 is nan"):
+        train(model, names, correction=bad)

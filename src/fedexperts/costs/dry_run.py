@@ -187,7 +187,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of one operation; made up where it depends on data."""
         if func is _aten._local_scalar_dense.default:
-            return 1.0 if args[0].is_floating_point() else self._rows_each
+            return self._number(args[0])
         if func is _aten.nonzero.default:
             return self._pairs(args[0]) if args[0].dim() == 2 else _all_positions(args[0])
         if func is _aten.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:
@@ -195,6 +195,12 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _aten._grouped_mm.default:
             return _grouped(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _number(self, tensor: Tensor) -> float:
+        """A tensor's one value: 1 is a number that optimizers can divide by, and a mask is never all ones."""
+        if tensor.dtype == torch.bool:
+            return False
+        return 1.0 if tensor.is_floating_point() else self._rows_each
 
     def _pairs(self, is_hit_ST: Tensor) -> Tensor:
         """(R, 2) for an even routing of T tokens to S slots, each token to ``top_k`` of them."""

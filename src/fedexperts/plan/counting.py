@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedexperts.algorithms.api import Algorithm, Client, ClientFacts, ModelParts, ServerState, trained_names
-from fedexperts.costs.round import (
+from fedexperts.costs.memory import (
     PredictedMemory,
     memory_before_activations,
     predict_memory,

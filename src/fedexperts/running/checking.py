@@ -14,7 +14,7 @@ from rich.text import Text
 from fedexperts.algorithms.api import trained_names
 from fedexperts.config.schema import RunConfig
 from fedexperts.costs.dry_run import BatchShape
-from fedexperts.costs.round import PredictedMemory, predict_memory
+from fedexperts.costs.memory import PredictedMemory, predict_memory
 from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.costs.traffic import PredictedBytes, predict_round
 from fedexperts.data.batches import BatchCounts, encode_all
