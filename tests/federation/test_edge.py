@@ -1,0 +1,198 @@
+"""Nothing that a client sends can stop or spoil a run: hostile answers over both transports."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_flower_apps import run_over_grid
+
+from fedexperts.federation import flower_client, inprocess
+from fedexperts.federation.runtime import ClientRuntime
+from fedexperts.messages import HEADER_BLOCK, Upload, encode_upload
+from fedexperts.run_directory import read_json, read_lines
+from fedexperts.running.experiment import run_experiment
+
+HOSTILE, TASK = "client-001", "train"
+HONEST = ["client-000", "client-002"]
+SMALL = (
+    "cohort.on_failure=continue",
+    "training.num_local_steps=1",
+    "evaluation.max_test_examples=1",
+)
+
+
+class Raw(Upload):
+    """An answer whose bytes are what a hostile client wrote."""
+
+
+def header(upload, **changes):
+    """The upload's message with other header fields than our own code would ever write."""
+    message = encode_upload(upload)
+    fields = json.loads(message[24:HEADER_BLOCK]) | changes
+    return message[:24] + json.dumps(fields).encode().ljust(HEADER_BLOCK - 24) + message[HEADER_BLOCK:]
+
+
+def everywhere(upload, value):
+    return {name: torch.full_like(tensor, value) for name, tensor in upload.tensors.items()}
+
+
+def first_changed(upload, change):
+    name = next(iter(upload.tensors))
+    return replace(upload, tensors=upload.tensors | {name: change(upload.tensors[name])})
+
+
+def added(upload, name):
+    return replace(
+        upload, tensors=upload.tensors | {name: torch.zeros(1)}, weights=upload.weights | {name: 1.0}
+    )
+
+
+def heavy(upload, weight):
+    return replace(upload, weights=dict.fromkeys(upload.tensors, weight))
+
+
+NAN, INF = float("nan"), float("inf")
+DEEP = json.loads("[" * 900 + "]" * 900)
+TRAINING = {
+    "no train_loss": lambda up: replace(
+        up, metrics={k: v for k, v in up.metrics.items() if k != "train_loss"}
+    ),
+    "metrics are a list": lambda up: header(up, metrics=[1]),
+    "metrics are null": lambda up: header(up, metrics=None),
+    "a metric is a text": lambda up: header(up, metrics=up.metrics | {"train_loss": "low"}),
+    "a metric is a list": lambda up: header(up, metrics=up.metrics | {"train_loss": [1.0]}),
+    "a metric is NaN": lambda up: header(up, metrics=up.metrics | {"train_loss": NAN}),
+    "a metric nobody knows": lambda up: replace(up, metrics=up.metrics | {"upload_bytes": 0.0}),
+    "measured under no name": lambda up: replace(up, measured={"../x": 1.0}),
+    "seconds are a text": lambda up: header(up, seconds="12"),
+    "seconds are negative": lambda up: replace(up, seconds={"train": -1e9}),
+    "a report of another": lambda up: replace(up, report={"client": "client-000", "round": 99}),
+    "a report 900 deep": lambda up: header(up, report={"a": DEEP}),
+    "a lone surrogate": lambda up: header(up, failure="\ud800"),
+    "weight 1e308": lambda up: heavy(replace(up, tensors=everywhere(up, 20.0)), 1e308),
+    "weight 0": lambda up: heavy(up, 0.0),
+    "weight below 0": lambda up: heavy(up, -1.0),
+    "weight NaN": lambda up: heavy(up, NAN),
+    "values NaN": lambda up: replace(up, tensors=everywhere(up, NAN)),
+    "values infinite": lambda up: replace(up, tensors=everywhere(up, INF)),
+    "nothing at all": lambda up: replace(up, tensors={}, weights={}),
+    "a tensor too few": lambda up: replace(up, tensors=dict(list(up.tensors.items())[1:])),
+    "a tensor too many": lambda up: added(up, "model.embed_tokens.weight"),
+    "an expert that does not travel": lambda up: added(up, "model.layers.0.mlp.experts.0.down_proj"),
+    "another shape": lambda up: first_changed(up, lambda tensor: tensor[:1]),
+    "another dtype": lambda up: first_changed(up, lambda tensor: tensor.double()),
+    "integers": lambda up: first_changed(up, lambda tensor: tensor.to(torch.int64)),
+    "beside that nobody asked for": lambda up: replace(up, beside={"variate": torch.zeros(2)}),
+    "a table that nobody asked for": lambda up: replace(up, tables={"gate_mean": torch.zeros(2)}),
+    "cut short": lambda up: encode_upload(up)[:-7],
+    "empty": lambda _: b"",
+    "garbage": lambda _: b"\x80\x04pickle" * 900,
+}
+
+
+@pytest.fixture(params=["inprocess", "flower"])
+def run(request, make_config, tmp_path, quiet, monkeypatch):
+    """Run ``method`` with one client whose answers to ``task`` go through ``change``."""
+
+    def encoded(upload):
+        return upload.report["raw"] if isinstance(upload, Raw) else encode_upload(upload)
+
+    monkeypatch.setattr(inprocess, "encode_upload", encoded)
+    monkeypatch.setattr(flower_client, "encode_upload", encoded)
+    handle = ClientRuntime.handle
+
+    def go(kinds, *overrides, method="fedavg", task=TASK, num_rounds=None):
+        """In round r (of one more) the hostile client sends the r-th kind; it is honest in the last."""
+
+        def hostile(self, client_id, download):
+            upload = handle(self, client_id, download)
+            is_attack = client_id == HOSTILE and download.task == task
+            place = download.round_number - (1 if task == TASK else 2)
+            if not is_attack or not 0 <= place < len(kinds):
+                return upload
+            made = kinds[place](upload)
+            return Raw(report={"raw": made}) if isinstance(made, bytes) else made
+
+        monkeypatch.setattr(ClientRuntime, "handle", hostile)
+        rounds = f"rounds={num_rounds or len(kinds)}"
+        transport = f"transport.name={request.param}"
+        config = make_config(method, *SMALL, rounds, *overrides, transport)
+        if request.param == "inprocess":
+            run_experiment(config, tmp_path / "run", progress=quiet)
+        else:
+            run_over_grid(config, tmp_path / "run")
+        return tmp_path / "run"
+
+    return go
+
+
+def test_hostile_uploads_are_refused_by_name_and_harm_nobody(run):
+    folder = run(list(TRAINING.values()))
+    lines = read_lines(folder / "clients.jsonl")
+    rounds = range(1, len(TRAINING) + 1)
+    assert [(line["round"], line["client"]) for line in lines] == [(r, c) for r in rounds for c in HONEST]
+    result = read_json(folder / "result.json")
+    named = {failure["round"]: failure["client"] for failure in result["failures"]}
+    passed = [kind for place, kind in enumerate(TRAINING, 1) if named.get(place) != HOSTILE]
+    assert passed == []
+    assert all(failure["reason"] for failure in result["failures"])
+    assert result["frozen_unchanged"]
+    assert result["bytes"]["upload_counted"] == result["bytes"]["upload_predicted"]
+
+
+def test_the_server_ends_as_if_the_refused_client_had_been_away(
+    run, make_config, tmp_path, quiet, monkeypatch
+):
+    handle = ClientRuntime.handle
+    refused = read_json(run([TRAINING["values NaN"]], num_rounds=2) / "result.json")
+
+    def away(self, client_id, download):
+        is_away = client_id == HOSTILE and download.task == TASK and download.round_number == 1
+        return Upload(failure="away") if is_away else handle(self, client_id, download)
+
+    monkeypatch.setattr(ClientRuntime, "handle", away)
+    result = run_experiment(make_config("fedavg", *SMALL, "rounds=2"), tmp_path / "away", progress=quiet)
+    assert result["server_state_sha256"] == refused["server_state_sha256"]
+
+
+ANSWERS = {
+    "a tensor is missing": lambda up: replace(up, beside={}),
+    "a tensor is ragged": lambda up: replace(
+        up, beside={"personal_sha256": torch.zeros(31, dtype=torch.uint8)}
+    ),
+    "a tensor too many": lambda up: replace(up, beside=up.beside | {"routing_global": torch.zeros(2, 6)}),
+    "a score is a text": lambda up: header(up, metrics=up.metrics | {"loss_after": "good"}),
+    "a score is null": lambda up: header(up, metrics=up.metrics | {"loss_after": None}),
+    "a score nobody asked for": lambda up: replace(up, metrics=up.metrics | {"accuracy_after": 1.0}),
+    "no metrics": lambda up: header(up, metrics=None),
+    "a huge table": lambda up: replace(up, tables={"chosen_experts": torch.zeros(1_000_001)}),
+    "it sends tensors": lambda up: replace(up, tensors={"a": torch.zeros(1)}, weights={"a": 1.0}),
+    "garbage": lambda _: b"\x80\x04pickle" * 900,
+}
+
+
+def test_hostile_answers_to_an_evaluation_leave_one_client_without_scores(run):
+    """An interim evaluation after each round but the last gets another kind each time."""
+    kinds = list(ANSWERS.values())
+    folder = run(kinds, "evaluation.every=1", task="evaluate", num_rounds=len(kinds) + 1)
+    result = read_json(folder / "result.json")
+    assert [(f["round"], f["client"]) for f in result["failures"]] == [
+        (place, HOSTILE) for place in range(1, len(kinds) + 1)
+    ]
+    assert list(result["clients"]) == ["client-000", HOSTILE, "client-002"]
+
+
+def test_a_refused_client_is_not_poisoned(run):
+    """Its round 1 is refused although it trained well; in round 2 it starts again from what counted."""
+    folder = run([TRAINING["values NaN"]], method="flex", num_rounds=2)
+    lines = [line for line in read_lines(folder / "clients.jsonl") if line["client"] == HOSTILE]
+    assert [line["round"] for line in lines] == [2]
+    assert read_json(folder / "checkpoint.json")["kept_rounds"][HOSTILE] == 2
+
+
+def test_a_change_above_the_cap_is_refused(run):
+    far = [lambda up: replace(up, tensors=everywhere(up, 1e4))]
+    (failure,) = read_json(run(far, "cohort.max_change_norm=1000") / "result.json")["failures"]
+    assert failure["client"] == HOSTILE
+    assert "above cohort.max_change_norm = 1000" in failure["reason"]
