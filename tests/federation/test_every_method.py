@@ -1,0 +1,125 @@
+"""Guarantees that every registered method shares."""
+
+import pytest
+import torch
+from flower_grid import InMemoryGrid, app_node
+
+from fedexperts.algorithms import ALGORITHMS
+from fedexperts.config.build import is_required
+from fedexperts.config.load import resolved_toml
+from fedexperts.federation import flower_client, rounds
+from fedexperts.federation.flower_server import serve
+from fedexperts.federation.personal import read_kept
+from fedexperts.run_directory import RunDirectory, read_json, read_lines
+from fedexperts.running.checking import check_experiment
+from fedexperts.running.experiment import run_experiment
+from fedexperts.running.export import export_client, load_personalised, opened_model
+
+SMALL = (
+    "rounds=2",
+    "data.partition.num_clients=2",
+    "training.num_local_steps=1",
+    "evaluation.max_test_examples=1",
+    "evaluation.exam.num_questions=2",
+    "evaluation.matrix=false",
+)
+REQUIRED = {"mu": 0.1, "strength": 0.1}
+"""Values of settings that have no default."""
+NEEDS: dict[str, tuple[str, ...]] = {}
+"""Further settings that a method cannot do without."""
+
+
+def config_of(make_config, method, *overrides):
+    needed = (
+        f"algorithm.{name}={REQUIRED[name]}"
+        for name, item in ALGORITHMS[method].__dataclass_fields__.items()
+        if is_required(item)
+    )
+    return make_config(method, *SMALL, *needed, *NEEDS.get(method, ()), *overrides)
+
+
+def identity(folder):
+    result = read_json(folder / "result.json")
+    names = ("server_state_sha256", "personal_sha256", "mean", "exam", "bytes", "routing", "parameters")
+    losses = [line["train_loss"] for line in read_lines(folder / "rounds.jsonl")]
+    return {name: result[name] for name in names} | {"losses": losses}
+
+
+@pytest.fixture(params=sorted(ALGORITHMS))
+def method(request):
+    """Every method of the registry in turn."""
+    return request.param
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """Names of all tensors, in the model or beside it, that uploads brought."""
+    sent = {"tensors": set(), "beside": set()}
+    refusal = rounds.refusal
+
+    def record(upload, *rest):
+        sent["tensors"].update(upload.tensors)
+        sent["beside"].update(upload.beside)
+        return refusal(upload, *rest)
+
+    monkeypatch.setattr(rounds, "refusal", record)
+    return sent
+
+
+def test_a_run_keeps_its_promises(method, make_config, tmp_path, quiet, uploads):
+    config, folder = config_of(make_config, method), tmp_path / "run"
+    predicted = check_experiment(config)
+    result = run_experiment(config, folder, progress=quiet)
+
+    assert result["failures"] == []
+    assert result["frozen_unchanged"], "the resident model is as it was loaded"
+    for direction in ("upload", "download"):
+        assert result["bytes"][f"{direction}_counted"] == result["bytes"][f"{direction}_predicted"] > 0
+    first = [line for line in read_lines(folder / "clients.jsonl") if line["round"] == 1]
+    assert [line["upload_bytes"] for line in first] == [one.upload for one in predicted.bytes]
+    assert result["parameters"]["trained"] > 0
+
+    kept = [read_kept(path) for path in folder.glob("clients/*/personal-round-*.safetensors")]
+    own = {name for one in kept for name in one.parameters}
+    assert not own & uploads["tensors"], "a personal parameter was sent"
+
+    export_client(folder, "client-001", tmp_path / "out")
+    tokens = torch.arange(3, 40).unsqueeze(0)
+    with opened_model(folder, "client-001", "after") as (bench, _, _), torch.no_grad():
+        in_the_run = bench.parts.model(input_ids=tokens).logits
+    with torch.no_grad():
+        assert torch.equal(load_personalised(tmp_path / "out").model(input_ids=tokens).logits, in_the_run)
+
+
+def test_over_flower_and_killed_between_rounds_it_ends_in_the_same_bits(method, make_config, tmp_path, quiet):
+    run_experiment(config_of(make_config, method), tmp_path / "whole", progress=quiet)
+    config = config_of(make_config, method, "transport.name=flower")
+    folder = tmp_path / "flower"
+    folder.mkdir()
+    run_config = {
+        "experiment": resolved_toml(config),
+        "run-token": "token",
+        "personal-folder": str(folder / "clients"),
+    }
+
+    class Died(Exception):
+        pass
+
+    def node(position, dies_in):
+        answer = app_node(flower_client.app, run_config, {"partition-id": position})
+
+        def answered(message):
+            if position == 1 and message.metadata.group_id == dies_in:
+                raise Died
+            return answer(message)
+
+        return answered
+
+    def server(dies_in):
+        grid = InMemoryGrid({900 - position: node(position, dies_in) for position in range(2)})
+        serve(grid, config, RunDirectory(folder))
+
+    with pytest.raises(Died):
+        server("train 2")
+    server("")
+    assert identity(folder) == identity(tmp_path / "whole")
