@@ -307,7 +307,7 @@ def _old_run(given: Namespace) -> "RunConfig":
     if given.to is not None:
         raise UserError(f"--to {given.to} and --resume {given.resume} exclude each other")
     old = RunDirectory(given.resume)
-    old.create(resume=True)
+    old.check_start(resume=True)
     if given.experiment is None:
         return load_config(old.config)
     if _is_override(given.experiment):

@@ -53,12 +53,8 @@ def run_experiment(
             ``cohort.on_failure`` is ``stop``. Finished rounds stay, and ``resume`` goes on from them.
     """
     run = RunDirectory(run_directory)
-    run.create(resume=resume)
-    try:
+    with run.claim(resume=resume):
         return _run_in(run, config, progress, resume=resume)
-    except UserError:
-        run.remove_unstarted()
-        raise
 
 
 def _run_in(run: RunDirectory, config: RunConfig, progress: Progress, *, resume: bool) -> dict[str, Any]:
@@ -71,7 +67,7 @@ def _run_in(run: RunDirectory, config: RunConfig, progress: Progress, *, resume:
             write_atomically(run.config, resolved_toml(config).encode())
         if config.transport.name == "inprocess":
             return _run(config, run, progress)
-    # Over Flower another process holds the run, and takes the lock itself.
+    # Over Flower the server app writes the run, and takes the lock itself.
     return run_with_flower(config, run, progress=progress)
 
 

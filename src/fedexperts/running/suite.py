@@ -15,7 +15,7 @@ from fedexperts.config.matrix import SearchSettings, Suite, suite_changes
 from fedexperts.config.schema import RunConfig
 from fedexperts.config.toml import read_toml, render_toml
 from fedexperts.errors import UserError, is_disk_full
-from fedexperts.run_directory import read_json, write_atomically, write_json
+from fedexperts.run_directory import hold_folder, is_in_use, read_json, write_atomically, write_json
 from fedexperts.running.experiment import run_experiment
 from fedexperts.running.progress import Progress
 from fedexperts.running.search import GroupSearch, search_groups
@@ -54,9 +54,16 @@ def compare(
     A run that fails does not stop the others; an interrupt or a full disk does. What has finished stays.
 
     Raises:
-        UserError: ``directory`` belongs to another suite, or holds something else.
+        UserError: ``directory`` belongs to another suite, holds something else, or is in use.
     """
-    _claim(suite, directory)
+    _refuse_other_suite(suite, directory)
+    with hold_folder(directory, "suite directory"):
+        _refuse_other_suite(suite, directory)
+        write_atomically(directory / "suite.toml", render_toml(suite.resolved).encode())
+        return _compare(suite, directory, open_progress, run)
+
+
+def _compare(suite: Suite, directory: Path, open_progress: OpenProgress, run: RunExperiment) -> Outcome:
     runner = _Runner(open_progress=open_progress, run=run)
     if suite.search is not None:
         _search(suite, suite.search, directory, runner)
@@ -75,8 +82,7 @@ def compare(
     return runner.outcome
 
 
-def _claim(suite: Suite, directory: Path) -> None:
-    """Write ``suite.toml``, unless what is there is of another suite."""
+def _refuse_other_suite(suite: Suite, directory: Path) -> None:
     file = directory / "suite.toml"
     if file.exists():
         changes = suite_changes(read_toml(file), suite.resolved)
@@ -84,9 +90,8 @@ def _claim(suite: Suite, directory: Path) -> None:
             raise UserError(
                 f"{directory} was made from another suite ({'; '.join(changes)}): choose another with --to"
             )
-    elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    elif directory.is_file() or is_in_use(directory):
         raise UserError(f"output folder {directory} is already in use: choose another with --to")
-    write_atomically(file, render_toml(suite.resolved).encode())
 
 
 def _refuse_other_config(run_directory: Path, config: RunConfig) -> None:
