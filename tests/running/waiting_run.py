@@ -1,4 +1,4 @@
-"""``waiting_run.py run|resume|compare FILE DIRECTORY``: says that it holds the directory, waits for a line."""
+"""``waiting_run.py run|resume|compare FILE DIRECTORY``: holds the directory, says so, waits for a line."""
 
 import sys
 from pathlib import Path
