@@ -141,6 +141,7 @@ class ServerRun:
                 clients=read_lines(self.directory.clients),
                 unscored=self.unscored,
                 labels=self.runtime.data.label_counts(),
+                names=self.runtime.data.client_names(),
                 parameters=parameters,
                 frozen_unchanged=frozen_same,
                 seconds=self._seconds(),

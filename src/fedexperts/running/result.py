@@ -36,6 +36,8 @@ class ResultParts:
     """Failures of evaluations."""
     labels: Mapping[str, Mapping[str, int]]
     """Examples by client and label; empty where the server cannot see them."""
+    names: Mapping[str, str]
+    """Client names, as tables show them, by id; empty where the server cannot see them."""
     parameters: Mapping[str, int]
     frozen_unchanged: bool
     seconds: Mapping[str, float]
@@ -92,7 +94,8 @@ def _client(client_id: str, parts: ResultParts) -> Json:
     extra = (
         {"chosen_experts": score["report"]["chosen_experts"]} if "chosen_experts" in score["report"] else {}
     )
-    return scores | totals | facts | counts | {"labels": dict(parts.labels.get(client_id, {}))} | extra
+    known = {"name": parts.names.get(client_id, ""), "labels": dict(parts.labels.get(client_id, {}))}
+    return scores | totals | facts | counts | known | extra
 
 
 def _exam(parts: ResultParts, clients: Mapping[str, Json]) -> Json | None:
