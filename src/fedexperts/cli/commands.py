@@ -9,7 +9,7 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,22 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedexperts.config.schema import RunConfig
+    from fedexperts.running.export import When
     from fedexperts.running.search import GroupSearch
+
+
+def init(given: Namespace) -> int:
+    """Write a commented example experiment, or with --suite an example suite, that runs as it stands."""
+    from fedexperts.config.example_files import write_example
+
+    name = "suite.toml" if given.suite else "experiment.toml"
+    path = given.file or Path(name)
+    write_example(name, path)
+    shown = shlex.quote(str(path))
+    print(f"wrote {path}; next:")
+    for command in (f"compare {shown}",) if given.suite else (f"check {shown}", f"run {shown}"):
+        print(f"  fedexperts {command}")
+    return OK
 
 
 def run(given: Namespace) -> int:
@@ -44,15 +59,16 @@ def compare(given: Namespace) -> int:
     """Run a matrix of experiments; what has a result is skipped, what is unfinished is resumed."""
     console = _log_to_stderr(is_quiet=given.quiet)
     from fedexperts.config.matrix import load_suite
-    from fedexperts.running.progress import choose_progress
+    from fedexperts.running.progress import choose_progress, choose_rows
     from fedexperts.running.suite import compare as compare_suite
 
     suite = load_suite(given.suite, given.overrides)
     directory = given.to or Path("runs", suite.name)
-    with _told_when_interrupted("the same command"):
-        outcome = compare_suite(
-            suite, directory, lambda title: choose_progress(console, is_quiet=given.quiet, title=title)
-        )
+    jobs = int(given.jobs) if given.jobs.isdecimal() else given.jobs
+    one_by_one = nullcontext(lambda title: choose_progress(console, is_quiet=given.quiet, title=title))
+    rows = one_by_one if jobs == 1 else choose_rows(console, is_quiet=given.quiet)
+    with _told_when_interrupted("the same command"), rows as open_progress:
+        outcome = compare_suite(suite, directory, open_progress, jobs=jobs)
     if outcome.search:
         _show_search(outcome.search)
     if outcome.finished:
@@ -100,22 +116,24 @@ def plan(given: Namespace) -> int:
 
 
 def generate(given: Namespace) -> int:
-    """Let a client's personalised model answer a prompt."""
+    """Let a client's personalised model, the server's or the untouched one answer a prompt."""
     _log_to_stderr(is_quiet=True)
+    who = _asked_model(given)
     from fedexperts.running.export import generate_text
 
-    print(generate_text(given.run_dir, given.client, given.prompt, when=given.when, context=given.context))
+    when: When = given.when or "after"
+    print(generate_text(given.run_dir, who, given.prompt, when=when, context=given.context))
     return OK
 
 
 def export(given: Namespace) -> int:
-    """Write a client's personalised model to a folder."""
+    """Write a client's personalised model, or the server's, to a folder."""
     _log_to_stderr(is_quiet=True)
+    who = _asked_model(given)
     from fedexperts.running.export import export_client
 
-    print(
-        export_client(given.run_dir, given.client, given.to, when=given.when, as_checkpoint=given.checkpoint)
-    )
+    when: When = given.when or "after"
+    print(export_client(given.run_dir, who, given.to, when=when, as_checkpoint=given.checkpoint))
     return OK
 
 
@@ -157,6 +175,20 @@ def _old_run(given: Namespace) -> "RunConfig":
     if _is_override(given.experiment):
         return load_config(old.config, [given.experiment, *given.overrides])
     return load_config(Path(given.experiment), given.overrides)
+
+
+def _asked_model(given: Namespace) -> str:
+    """The id of the client that is asked for, or ``server`` or ``base``."""
+    from fedexperts.running.client_names import resolve_client
+
+    if given.model == "client":
+        if given.client is None:
+            raise UserError("whose model is meant is missing: give --client NAME, or --model server or base")
+        return resolve_client(given.run_dir, given.client)
+    for option in ("client", "when"):
+        if getattr(given, option) is not None:
+            raise UserError(f"--{option} {getattr(given, option)} has no effect with --model {given.model}")
+    return str(given.model)
 
 
 def _is_override(argument: str) -> bool:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 from fedexperts.cli.exit_codes import INTERRUPTED, MISTAKE, SOME_FAILED, Interrupted
 from fedexperts.cli.parser import build_parser
+from fedexperts.cli.settings_as_options import refuse_setting_as_option
 from fedexperts.errors import UserError, is_disk_full
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; a user's mistake is one line on stderr."""
-    given = _parse(arguments)
     try:
+        given = _parse(sys.argv[1:] if arguments is None else arguments)
         return int(given.command(given))
     except UserError as error:
         return _told(f"error: {error}", MISTAKE)
@@ -38,10 +39,11 @@ def _told(line: str, code: int) -> int:
     return code
 
 
-def _parse(arguments: Sequence[str] | None) -> Namespace:
+def _parse(arguments: Sequence[str]) -> Namespace:
     """Arguments by name; overrides may also follow an option, which argparse alone does not take."""
     parser = build_parser()
     given, rest = parser.parse_known_args(arguments)
+    refuse_setting_as_option(given.command.__name__, arguments, rest)
     if rest and (any(one.startswith("-") for one in rest) or not hasattr(given, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
