@@ -75,13 +75,14 @@ def test_the_flags_are_exactly_these():
         for name, command in commands.items()
     }
     assert flags == {
+        "init": ["file", "--suite"],
         "run": ["experiment", "overrides", "--to", "--resume", "--quiet"],
-        "compare": ["suite", "overrides", "--to", "--quiet"],
+        "compare": ["suite", "overrides", "--to", "--jobs", "--quiet"],
         "report": ["directory"],
         "check": ["experiment", "overrides"],
         "plan": ["model", "overrides", "--method", "--memory", "--batch", "--seq", "--json"],
-        "generate": ["run_dir", "prompt", "--client", "--context", "--when"],
-        "export": ["run_dir", "--client", "--to", "--when", "--checkpoint"],
+        "generate": ["run_dir", "prompt", "--client", "--model", "--context", "--when"],
+        "export": ["run_dir", "--client", "--model", "--to", "--when", "--checkpoint"],
         "pretrain": ["overrides", "--to"],
     }
 
@@ -161,10 +162,48 @@ def test_overrides_may_follow_an_option(here, capsys):
             ["pretrain", "--to", "x", "num_step=3"],
             "command line: num_step is not a setting; did you mean num_steps?",
         ),
+        (["run", "tiny.toml", "--rounds", "3"], "--rounds is not an option of run: write it as rounds=3"),
+        (
+            ["run", "tiny.toml", "--training.lr", "1e-3", "--to", "x"],
+            "--training.lr is not an option of run: write it as training.lr=1e-3",
+        ),
+        (["check", "tiny.toml", "--lr=1"], "--lr is not an option of check: write it as training.lr=1"),
+        (
+            ["compare", "suite.toml", "--num-local-steps", "4"],
+            "--num-local-steps is not an option of compare: write it as training.num_local_steps=4",
+        ),
+        (
+            ["run", "tiny.toml", "--trainig.lr", "1"],
+            "--trainig.lr is not an option of run: write it as training.lr=1",
+        ),
+        (
+            ["plan", "tiny/qwen2_moe", "--adapter.rank"],
+            "--adapter.rank is not an option of plan: write it as adapter.rank=VALUE",
+        ),
+        (
+            ["generate", "runs/tiny-1", "?"],
+            "whose model is meant is missing: give --client NAME, or --model server or base",
+        ),
+        (
+            ["export", "runs/tiny-1", "--to", "x", "--model", "base", "--client", "herald"],
+            "--client herald has no effect with --model base",
+        ),
+        (
+            ["generate", "runs/tiny-1", "?", "--model", "server", "--when", "before"],
+            "--when before has no effect with --model server",
+        ),
+        (["generate", "runs", "?", "--client", "herald"], "runs holds no run (no config.toml)"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, here, capsys):
     assert error_of(capsys, *arguments) == message
+
+
+def test_jobs_that_are_no_number_are_refused(here, capsys):
+    (here / "one.toml").write_text('base = "tiny.toml"\n[matrix]\nseed = [0]\n')
+    for jobs in ("0", "-2", "many"):
+        message = error_of(capsys, "compare", "one.toml", "--jobs", jobs)
+        assert message == f"--jobs must be a whole number of at least 1, or auto, not {jobs}"
 
 
 def test_a_folder_in_use_is_not_written_to(here, capsys):
@@ -175,6 +214,34 @@ def test_an_unknown_client_is_told_with_those_there_are(here, capsys):
     message = error_of(capsys, "generate", "runs/tiny-1", "?", "--client", "client-9")
     assert "client-9" in message
     assert "client-000" in message
+
+
+def asked_of(monkeypatch, *arguments):
+    """Whose model, and when, the command asks for."""
+    asked = []
+
+    def answer(run_directory, who, *rest, when, **named):
+        asked.append((who, when))
+
+    for name in ("generate_text", "export_client"):
+        monkeypatch.setattr(f"fedexperts.running.export.{name}", answer)
+    assert cli.main(arguments) == cli.OK
+    return asked[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        (["--client", "client-001"], ("client-001", "after")),
+        (["--client", "telegram"], ("client-001", "after")),
+        (["--client", "telegram", "--when", "before"], ("client-001", "before")),
+        (["--model", "server"], ("server", "after")),
+        (["--model", "base"], ("base", "after")),
+    ],
+)
+def test_a_model_is_asked_by_id_name_or_kind(options, asked, here, monkeypatch):
+    assert asked_of(monkeypatch, "generate", "runs/tiny-1", "?", *options) == asked
+    assert asked_of(monkeypatch, "export", "runs/tiny-1", "--to", "x", *options) == asked
 
 
 @pytest.mark.parametrize("arguments", [["run", "x.toml", "--nope"], ["report", "a", "b=c"], ["nope"], []])

@@ -10,20 +10,25 @@
 ``state/``                the server's tensors
 ``clients/<id>/``         what one client keeps: personal tensors by round, adapted tensors, predictions
 ``result.json``           the figures; its presence says that the run is finished
+``.claim``, ``.lock``     lock files; see :meth:`RunDirectory.claim`
 ========================  ==========================================================================
 """
 
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedexperts.errors import UserError
 
 SCHEMA_VERSION = 1
 """Version of ``result.json``, ``rounds.jsonl`` and ``clients.jsonl``; see docs/run_directory.md."""
+
+CLAIM, LOCK = ".claim", ".lock"
+"""Lock files: of the process that was asked for a run or a suite, and of the one that writes a run."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -126,44 +131,116 @@ class RunDirectory:
         self.result = path / "result.json"
         self.state = path / "state"
         self.client_folders = path / "clients"
+        self.flower_token = path / "flower_token"
 
-    def create(self, *, resume: bool) -> None:
-        """Make the folder for a new run, or check that there is one to resume.
+    def check_start(self, *, resume: bool) -> None:
+        """Check that a new run may take the folder, or that there is a run to resume.
 
         Raises:
             UserError: the folder is in use (new run), or holds no run (resume).
         """
         if resume and not self.config.exists():
             raise UserError(f"cannot resume {self.path}: it holds no run (no config.toml)")
-        # A process killed before config.toml was whole leaves no more than a lock and a partial file.
-        visible = (path for path in self.path.glob("*") if not path.name.startswith("."))
-        if not resume and any(visible):
+        if not resume and is_in_use(self.path):
             raise UserError(
                 f"output folder {self.path} is already in use: choose another with --to, "
                 f"or continue it with --resume {self.path}"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
 
-    def remove_unstarted(self) -> None:
-        """Take away a folder in which nothing has begun, so that a corrected run can have its name."""
-        own = {path.name for path in (self.config, self.environment)} | {".lock"}
-        if {path.name for path in self.path.iterdir()} <= own:
-            for name in own:
+    @contextmanager
+    def claim(self, *, resume: bool) -> Iterator[None]:
+        """Hold the folder for the process that was asked for the run, from before it exists to the run's end.
+
+        A new run that a mistake of the user's stops before anything has begun leaves no folder behind, so
+        that the corrected run can have its name.
+
+        Raises:
+            UserError: as in :meth:`check_start`, or another process has claimed the folder.
+        """
+        self.check_start(resume=resume)
+        with hold_folder(self.path, "run directory"):
+            self.check_start(resume=resume)
+            try:
+                yield
+            except UserError:
+                if not resume:
+                    self._remove_unstarted()
+                raise
+
+    def _remove_unstarted(self) -> None:
+        """Delete a folder in which nothing has begun; the caller has claimed it."""
+        own = [path.name for path in (self.config, self.environment, self.flower_token)]
+        with suppress(UserError), self.lock():
+            if not {path.name for path in self.path.iterdir()} <= {*own, LOCK, CLAIM}:
+                return
+            for name in (*own, LOCK, CLAIM):
                 (self.path / name).unlink(missing_ok=True)
-            self.path.rmdir()
+            # Whoever comes from here on claims the folder anew, and may keep it.
+            with suppress(OSError):
+                self.path.rmdir()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process; the operating system releases the lock however the process ends.
+        """Hold what the run writes for the process that writes it: over Flower, not the one that claimed it.
 
         Raises:
             UserError: another process is running it.
         """
-        import fcntl
-
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"run directory {self.path} is in use by another process") from None
+        with _locked(self.path / LOCK, f"run directory {self.path}"):
             yield
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether ``folder`` has visible files; the locks and the partial file of a killed process are hidden."""
+    try:
+        return any(not name.startswith(".") for name in os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+@contextmanager
+def hold_folder(folder: Path, kind: str) -> Iterator[None]:
+    """Make ``folder`` where it is missing, and hold it for this process until the block ends.
+
+    Raises:
+        UserError: another process holds it; ``kind`` says in the message what it is.
+    """
+    with _claimed(folder, f"{kind} {folder}"):
+        yield
+
+
+def _claimed(folder: Path, what: str) -> IO[bytes]:
+    """Make ``folder`` and lock its claim; the process that had claimed it may delete it at any moment."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            if _is_no_folder(folder):
+                raise
+        with suppress(FileNotFoundError):
+            return _locked(folder / CLAIM, what)
+
+
+def _is_no_folder(path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return not stat.S_ISDIR(path.lstat().st_mode)
+    return False
+
+
+def _locked(path: Path, what: str) -> IO[bytes]:
+    """Open and lock the file ``path``; the operating system releases the lock however the process ends."""
+    import fcntl
+
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A lock on a file that was deleted meanwhile keeps nobody out.
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BlockingIOError:
+            file.close()
+            raise UserError(f"{what} is in use by another process") from None
+        except FileNotFoundError:
+            pass
+        file.close()

@@ -107,6 +107,10 @@ class FederatedData:
         """For each client how many examples of each label it has, all splits together; without zeros."""
         return {client_id: dict(client.labels) for client_id, client in self._clients.items()}
 
+    def client_names(self) -> dict[str, str]:
+        """The name of each client by id; empty where its source has none."""
+        return {client_id: client.name for client_id, client in self._clients.items()}
+
     def only(self, client_ids: Collection[str]) -> "FederatedData":
         """A view of these clients alone, over the same spool; whoever holds it cannot reach the others."""
         clients = [client for name, client in self._clients.items() if name in client_ids]

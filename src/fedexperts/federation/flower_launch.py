@@ -114,10 +114,9 @@ def _write_app(config: RunConfig, run: RunDirectory, folder: Path) -> Path:
 
 def _token(run: RunDirectory) -> str:
     """What tells this run from any other on a node's disk; the same when the run is resumed."""
-    path = run.path / "flower_token"
-    if not path.exists():
-        write_atomically(path, uuid.uuid4().hex.encode())
-    return path.read_text()
+    if not run.flower_token.exists():
+        write_atomically(run.flower_token, uuid.uuid4().hex.encode())
+    return run.flower_token.read_text()
 
 
 def _simulation(config: RunConfig) -> list[str]:

@@ -59,12 +59,8 @@ def run_experiment(
             ``cohort.on_failure`` is ``stop``. Finished rounds stay, and ``resume`` goes on from them.
     """
     run = RunDirectory(run_directory)
-    run.create(resume=resume)
-    try:
+    with run.claim(resume=resume):
         return _run_in(run, config, progress, resume=resume)
-    except UserError:
-        run.remove_unstarted()
-        raise
 
 
 def _run_in(run: RunDirectory, config: RunConfig, progress: Progress, *, resume: bool) -> dict[str, Any]:
@@ -77,7 +73,7 @@ def _run_in(run: RunDirectory, config: RunConfig, progress: Progress, *, resume:
             write_atomically(run.config, resolved_toml(config).encode())
         if config.transport.name == "inprocess":
             return _run(config, run, progress)
-    # Over Flower another process holds the run, and takes the lock itself.
+    # Over Flower the server app writes the run, and takes the lock itself.
     return run_with_flower(config, run, progress=progress)
 
 
@@ -149,6 +145,7 @@ class ServerRun:
                 clients=read_lines(self.directory.clients),
                 unscored=self.unscored,
                 labels=self.scorer.runtime.data.label_counts(),
+                names=self.scorer.runtime.data.client_names(),
                 parameters=self._parameters(reached.state),
                 frozen_unchanged=frozen_same,
                 seconds=self._seconds(),

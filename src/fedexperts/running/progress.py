@@ -1,7 +1,9 @@
 """What a person sees while a run goes on: bars in a terminal, plain lines elsewhere, or nothing."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, Self
 
 from rich import filesize
@@ -88,6 +90,28 @@ class QuietProgress:
         """Nothing to take away."""
 
 
+EVENTS = (
+    "start",
+    "round_started",
+    "client_started",
+    "step_done",
+    "client_done",
+    "round_finished",
+    "phase",
+    "advance_phase",
+    "message",
+)
+"""The methods of Progress that tell of something."""
+
+
+def relayed_progress(send: Callable[..., None], events: Sequence[str] = EVENTS) -> Progress:
+    """Progress that sends the name of each of ``events`` with its values, to be shown elsewhere."""
+    progress = QuietProgress()
+    for event in events:
+        setattr(progress, event, partial(send, event))
+    return progress
+
+
 class PlainProgress(QuietProgress):
     """One line a round and one a phase, through logging: for files, pipes and CI."""
 
@@ -115,21 +139,25 @@ class PlainProgress(QuietProgress):
         logger.info("%s%s", self._prefix, text)
 
 
+def _make_bars(console: Console) -> Bars:
+    return Bars(
+        TextColumn("{task.description}", markup=False, table_column=Column(min_width=24, no_wrap=True)),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
+        console=console,
+        refresh_per_second=4,
+        transient=True,
+    )
+
+
 class RichProgress:
     """Bars for rounds, clients and steps, or for the phase; each only while there is something to show."""
 
     def __init__(self, console: Console, title: str = "") -> None:
         """``title`` names the run, e.g. in a suite."""
-        self._bars = Bars(
-            TextColumn("{task.description}", markup=False, table_column=Column(min_width=24, no_wrap=True)),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
-            console=console,
-            refresh_per_second=4,
-            transient=True,
-        )
+        self._bars = _make_bars(console)
         self._title = title
         self._rounds = self._add(f"{title} rounds".strip())
         self._clients = self._add("  clients")
@@ -197,6 +225,55 @@ class RichProgress:
     def __exit__(self, *exception: object) -> None:
         """Take them off."""
         self._bars.stop()
+
+
+class RowProgress(QuietProgress):
+    """One run's bar among those of runs that go on beside it; a line stays when the run has ended."""
+
+    def __init__(self, bars: Bars, title: str) -> None:
+        """``bars`` are on the screen already."""
+        self._bars, self._title, self._last = bars, title, ""
+        self._row = bars.add_task(title, total=None, note="")
+
+    def _note(self, text: str) -> None:
+        self._bars.update(self._row, note=text)
+
+    def start(self, num_rounds: int, first_round: int = 1) -> None:
+        """Begin at the round the run goes on with."""
+        self._bars.update(self._row, total=num_rounds, completed=first_round - 1)
+
+    def round_finished(self, round: int, summary: Mapping[str, Any]) -> None:
+        """One round further, with its figures beside the bar."""
+        self._last = describe_round(summary)
+        self._bars.update(self._row, completed=round, note=self._last)
+
+    def phase(self, name: str) -> None:
+        """Show the phase's name beside the bar."""
+        self._note(name)
+
+    def advance_phase(self, done: int, total: int) -> None:
+        """Show the last round's figures again when the phase is over."""
+        if done == total:
+            self._note(self._last)
+
+    def message(self, text: str) -> None:
+        """A line above the bars."""
+        self._bars.console.print(f"{self._title}: {text}", markup=False, highlight=False)
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave one line in place of the bar."""
+        self._bars.remove_task(self._row)
+        self.message("stopped" if any(exception) else f"finished  {self._last}".rstrip())
+
+
+@contextmanager
+def choose_rows(console: Console, *, is_quiet: bool) -> Iterator[Callable[[str], Progress]]:
+    """Progress of several runs at once, by title: as :func:`choose_progress`, but in one set of bars."""
+    if is_quiet or not console.is_terminal:
+        yield lambda title: choose_progress(console, is_quiet=is_quiet, title=title)
+        return
+    with _make_bars(console) as bars:
+        yield lambda title: RowProgress(bars, title)
 
 
 def choose_progress(console: Console, *, is_quiet: bool, title: str = "") -> Progress:

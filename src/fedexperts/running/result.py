@@ -37,6 +37,8 @@ class ResultParts:
     """Failures of evaluations."""
     labels: Mapping[str, Mapping[str, int]]
     """Examples by client and label; empty where the server cannot see them."""
+    names: Mapping[str, str]
+    """Client names, as tables show them, by id; empty where the server cannot see them."""
     parameters: Mapping[str, int]
     frozen_unchanged: bool
     seconds: Mapping[str, float]
@@ -87,8 +89,8 @@ def _client(client_id: str, parts: ResultParts) -> Json:
     counts = {name: lines[-1][name] for name in ("num_truncated", "num_without_label") if lines}
     base = parts.base["clients"].get(client_id, {"metrics": {}})["metrics"]
     scores: Json = {n: value for n, value in base.items() if n.endswith("_base")} | score["metrics"]
-    labels = dict(parts.labels.get(client_id, {}))
-    return scores | totals | counts | {"labels": labels, "algorithm": score["algorithm"]}
+    known = {"name": parts.names.get(client_id, ""), "labels": dict(parts.labels.get(client_id, {}))}
+    return scores | totals | counts | known | {"algorithm": score["algorithm"]}
 
 
 def _exam(parts: ResultParts, clients: Mapping[str, Json]) -> Json | None:

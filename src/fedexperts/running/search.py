@@ -8,8 +8,19 @@ from typing import Any
 from fedexperts.config.matrix import SEED, SearchSettings, Suite, varied_label
 
 Values = Mapping[str, Any]
-Attempt = Callable[[str, Values, str], dict[str, Any] | None]
-"""Name, values and title of a run to its result, or None if the run failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRun:
+    """One run of the search."""
+
+    name: str
+    values: Values
+    """What it sets over the base, by full key."""
+
+
+RunAll = Callable[[Sequence[SearchRun]], Iterator[dict[str, Any] | None]]
+"""Runs to their results, in the same order and one by one; None for a run that failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,24 +67,25 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def search_groups(
-    suite: Suite, search: SearchSettings, attempt: Attempt
-) -> Iterator[tuple[str, GroupSearch]]:
-    """Each group of the suite with its choice, one group after the other; ties go to the earlier point."""
+def search_groups(suite: Suite, search: SearchSettings, run_all: RunAll) -> Iterator[tuple[str, GroupSearch]]:
+    """Each group of the suite with its choice, one after the other; ties go to the earlier point."""
     groups = {run.group: run.values for run in reversed(suite.runs)}
     ordered = list(dict.fromkeys(run.group for run in suite.runs))
-    total, number = len(ordered) * len(suite.grid) * len(search.seeds), 0
+    cells = [(group, point, seed) for group in ordered for point in suite.grid for seed in search.seeds]
+    results = run_all(
+        [
+            SearchRun(
+                name=f"{group}-{varied_label(point)}-seed-{seed}",
+                values={**groups[group], **point, SEED: seed},
+            )
+            for group, point, seed in cells
+        ]
+    )
     for group in ordered:
-        tried = []
-        for point in suite.grid:
-            scores = []
-            for seed in search.seeds:
-                number += 1
-                values = {**groups[group], **point, SEED: seed}
-                name = f"{group}-{varied_label(point)}-seed-{seed}"
-                result = attempt(name, values, f"search {number}/{total} {name}")
-                scores.append(_score(result, search.metric))
-            tried.append(Tried(values=point, scores=tuple(scores)))
+        tried = [
+            Tried(values=point, scores=tuple(_score(next(results), search.metric) for _ in search.seeds))
+            for point in suite.grid
+        ]
         yield group, GroupSearch(tried=tuple(tried), chosen=_best(tried, search.metric))
 
 

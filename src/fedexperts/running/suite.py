@@ -1,38 +1,32 @@
-"""A matrix of runs, one after the other: what has a result is skipped, what is unfinished is resumed.
+"""Run a matrix of experiments: what has a result is skipped, what is unfinished is resumed.
 
 A suite directory holds ``suite.toml`` (the resolved suite), ``runs/<name>/`` (run directories) and, where the
 suite searches, ``search/<name>/`` (more run directories) and ``search.json``.
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fedexperts.config.load import difference, load_config
 from fedexperts.config.matrix import SearchSettings, Suite, suite_changes
 from fedexperts.config.schema import RunConfig
 from fedexperts.config.toml import read_toml, render_toml
 from fedexperts.errors import UserError, is_disk_full
-from fedexperts.run_directory import read_json, write_atomically, write_json
+from fedexperts.run_directory import hold_folder, is_in_use, read_json, write_atomically, write_json
 from fedexperts.running.experiment import run_experiment
 from fedexperts.running.progress import Progress
-from fedexperts.running.search import GroupSearch, search_groups
+from fedexperts.running.search import GroupSearch, SearchRun, search_groups
+from fedexperts.running.workers import RunExperiment, Workers
 
 logger = logging.getLogger(__name__)
 
 OpenProgress = Callable[[str], Progress]
-"""Progress under a title such as ``2/6 flex-seed-0``."""
-
-
-class RunExperiment(Protocol):
-    """What a suite needs of :func:`run_experiment`."""
-
-    def __call__(
-        self, config: RunConfig, run_directory: Path, *, progress: Progress, resume: bool
-    ) -> dict[str, Any]:
-        """Run or go on with one experiment and return its result."""
+"""Progress under a title such as ``2/6 flex-seed-0``; with several jobs it is called from several threads."""
 
 
 @dataclass(kw_only=True)
@@ -47,36 +41,53 @@ class Outcome:
 
 
 def compare(
-    suite: Suite, directory: Path, open_progress: OpenProgress, run: RunExperiment = run_experiment
+    suite: Suite,
+    directory: Path,
+    open_progress: OpenProgress,
+    run: RunExperiment = run_experiment,
+    *,
+    jobs: int | str = 1,
 ) -> Outcome:
     """Bring every run of ``suite`` to its result in ``directory``.
 
     A run that fails does not stop the others; an interrupt or a full disk does. What has finished stays.
 
+    Args:
+        suite: what to run.
+        directory: the suite directory, new or of the same suite.
+        open_progress: shows one run.
+        run: runs one experiment; with several jobs it must be importable by name.
+        jobs: how many runs go on at once, each in a process of its own; ``auto``: as many as the cores serve.
+
     Raises:
-        UserError: ``directory`` belongs to another suite, or holds something else.
+        UserError: ``directory`` belongs to another suite, holds something else, or is in use.
     """
-    _claim(suite, directory)
-    runner = _Runner(open_progress=open_progress, run=run)
-    if suite.search is not None:
-        _search(suite, suite.search, directory, runner)
-    configs = {}
+    num_jobs = count_jobs(jobs, max(suite.config(one.name, one.values).threads for one in suite.runs))
+    _refuse_other_suite(suite, directory)
+    with hold_folder(directory, "suite directory"), _open_runner(open_progress, run, num_jobs) as runner:
+        _refuse_other_suite(suite, directory)
+        write_atomically(directory / "suite.toml", render_toml(suite.resolved).encode())
+        if suite.search is not None:
+            _search(suite, suite.search, directory, runner)
+        _run_matrix(suite, directory, runner)
+        return runner.outcome
+
+
+def _run_matrix(suite: Suite, directory: Path, runner: "_Runner") -> None:
+    tasks = []
     for planned in suite.runs:
         chosen = _chosen(runner.outcome, planned.group)
         if chosen is None:
             runner.outcome.failed[planned.name] = f"no run of the search for {planned.group} gave a score"
         else:
-            configs[planned.name] = suite.config(planned.name, {**planned.values, **chosen})
-    for name, config in configs.items():
-        _refuse_other_config(directory / "runs" / name, config)
-    for number, (name, config) in enumerate(configs.items(), start=1):
-        if runner.attempt(config, directory / "runs" / name, f"{number}/{len(configs)} {name}") is not None:
-            runner.outcome.finished.append(name)
-    return runner.outcome
+            config = suite.config(planned.name, {**planned.values, **chosen})
+            tasks.append(_Task(config=config, path=directory / "runs" / planned.name))
+    for task, result in zip(tasks, runner.run_all(tasks), strict=True):
+        if result is not None:
+            runner.outcome.finished.append(task.path.name)
 
 
-def _claim(suite: Suite, directory: Path) -> None:
-    """Write ``suite.toml``, unless what is there is of another suite."""
+def _refuse_other_suite(suite: Suite, directory: Path) -> None:
     file = directory / "suite.toml"
     if file.exists():
         changes = suite_changes(read_toml(file), suite.resolved)
@@ -84,9 +95,8 @@ def _claim(suite: Suite, directory: Path) -> None:
             raise UserError(
                 f"{directory} was made from another suite ({'; '.join(changes)}): choose another with --to"
             )
-    elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    elif directory.is_file() or is_in_use(directory):
         raise UserError(f"output folder {directory} is already in use: choose another with --to")
-    write_atomically(file, render_toml(suite.resolved).encode())
 
 
 def _refuse_other_config(run_directory: Path, config: RunConfig) -> None:
@@ -102,12 +112,14 @@ def _refuse_other_config(run_directory: Path, config: RunConfig) -> None:
 def _search(suite: Suite, search: SearchSettings, directory: Path, runner: "_Runner") -> None:
     """Let every group choose, and write what was tried after each of them."""
 
-    def attempt(name: str, values: Mapping[str, Any], title: str) -> dict[str, Any] | None:
-        config, path = suite.config(name, values), directory / "search" / name
-        _refuse_other_config(path, config)
-        return runner.attempt(config, path, title)
+    def run_all(planned: Sequence[SearchRun]) -> Iterator[dict[str, Any] | None]:
+        tasks = [
+            _Task(config=suite.config(one.name, one.values), path=directory / "search" / one.name)
+            for one in planned
+        ]
+        return runner.run_all(tasks, "search ")
 
-    for group, found in search_groups(suite, search, attempt):
+    for group, found in search_groups(suite, search, run_all):
         runner.outcome.search[group] = found
         for key in found.at_edge():
             value = (found.chosen or {})[key]
@@ -123,24 +135,77 @@ def _chosen(outcome: Outcome, group: str) -> Mapping[str, Any] | None:
     return outcome.search[group].chosen if outcome.search else {}
 
 
+@contextmanager
+def _open_runner(open_progress: OpenProgress, run: RunExperiment, num_jobs: int) -> Iterator["_Runner"]:
+    """Run in this process, or with several jobs in workers."""
+    if num_jobs == 1:
+        yield _Runner(open_progress=open_progress, run=run, map=map)
+        return
+    with Workers(num_jobs, run) as workers:
+        yield _Runner(open_progress=open_progress, run=workers.run, map=workers.map)
+
+
+def count_jobs(jobs: int | str, num_threads: int) -> int:
+    """How many runs go on at once, each with ``num_threads`` threads.
+
+    Raises:
+        UserError: less than one job is asked for.
+    """
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if jobs == "auto":
+        return max(1, num_cores // num_threads)
+    if not isinstance(jobs, int) or jobs < 1:
+        raise UserError(f"--jobs must be a whole number of at least 1, or auto, not {jobs}")
+    if jobs > 1 and jobs * num_threads > num_cores:
+        logger.warning(
+            "%d jobs of threads = %d share %d cores: fewer jobs, or threads=1, may be faster",
+            jobs,
+            num_threads,
+            num_cores,
+        )
+    return jobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    config: RunConfig
+    path: Path
+    title: str = ""
+
+
 @dataclass(kw_only=True)
 class _Runner:
     open_progress: OpenProgress
     run: RunExperiment
+    map: Callable[..., Iterator[dict[str, Any] | str]]
+    """Calls a function for each item, one after the other or side by side; results in the items' order."""
     outcome: Outcome = field(default_factory=Outcome)
 
-    def attempt(self, config: RunConfig, path: Path, title: str) -> dict[str, Any] | None:
-        """The run's result, from disk if it is there; None if the run failed, which is noted."""
-        if (path / "result.json").exists():
-            logger.info("%s: has a result", title)
-            return read_json(path / "result.json")
+    def run_all(self, tasks: Sequence[_Task], kind: str = "") -> Iterator[dict[str, Any] | None]:
+        """Each run's result, from disk if it is there; None if the run failed, which is noted."""
+        for task in tasks:
+            _refuse_other_config(task.path, task.config)
+        titled = [
+            replace(task, title=f"{kind}{number}/{len(tasks)} {task.path.name}")
+            for number, task in enumerate(tasks, start=1)
+        ]
+        for task, result in zip(titled, self.map(self._attempt, titled), strict=True):
+            if isinstance(result, str):
+                self.outcome.failed[task.path.name] = result
+            yield None if isinstance(result, str) else result
+
+    def _attempt(self, task: _Task) -> dict[str, Any] | str:
+        """The run's result, or why there is none."""
+        if (task.path / "result.json").exists():
+            logger.info("%s: has a result", task.title)
+            return read_json(task.path / "result.json")
         try:
-            with self.open_progress(title) as progress:
-                return self.run(config, path, progress=progress, resume=(path / "config.toml").exists())
+            with self.open_progress(task.title) as progress:
+                is_begun = (task.path / "config.toml").exists()
+                return self.run(task.config, task.path, progress=progress, resume=is_begun)
         except Exception as error:
             if is_disk_full(error):
                 raise
             if not isinstance(error, UserError):
-                logger.exception("run %s failed", path)
-            self.outcome.failed[path.name] = str(error) or type(error).__name__
-            return None
+                logger.exception("run %s failed", task.path)
+            return str(error) or type(error).__name__

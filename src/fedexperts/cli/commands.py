@@ -1,34 +1,41 @@
-"""The command line: a path and ``key=value`` pairs in, a call to what does the work.
+"""What each command does: read its arguments, call what does the work, print what came of it.
 
 Whatever needs torch is imported inside the commands, so that ``fedexperts --help`` answers at once.
 """
 
 import json
 import logging
-import os
 import shlex
 import sys
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fedexperts import __version__
-from fedexperts.errors import UserError, is_disk_full
+from fedexperts.cli.exit_codes import OK, SOME_FAILED, Interrupted
+from fedexperts.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fedexperts.config.schema import RunConfig
+    from fedexperts.running.export import When
     from fedexperts.running.search import GroupSearch
 
-OK, SOME_FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes."""
 
+def init(given: Namespace) -> int:
+    """Write a commented example experiment, or with --suite an example suite, that runs as it stands."""
+    from fedexperts.config.example_files import write_example
 
-class Interrupted(Exception):
-    """Ctrl-C, with the one line that says what is left and how to go on."""
+    name = "suite.toml" if given.suite else "experiment.toml"
+    path = given.file or Path(name)
+    write_example(name, path)
+    shown = shlex.quote(str(path))
+    print(f"wrote {path}; next:")
+    for command in (f"compare {shown}",) if given.suite else (f"check {shown}", f"run {shown}"):
+        print(f"  fedexperts {command}")
+    return OK
 
 
 def run(given: Namespace) -> int:
@@ -52,15 +59,16 @@ def compare(given: Namespace) -> int:
     """Run a matrix of experiments; what has a result is skipped, what is unfinished is resumed."""
     console = _log_to_stderr(is_quiet=given.quiet)
     from fedexperts.config.matrix import load_suite
-    from fedexperts.running.progress import choose_progress
+    from fedexperts.running.progress import choose_progress, choose_rows
     from fedexperts.running.suite import compare as compare_suite
 
     suite = load_suite(given.suite, given.overrides)
     directory = given.to or Path("runs", suite.name)
-    with _told_when_interrupted("the same command"):
-        outcome = compare_suite(
-            suite, directory, lambda title: choose_progress(console, is_quiet=given.quiet, title=title)
-        )
+    jobs = int(given.jobs) if given.jobs.isdecimal() else given.jobs
+    one_by_one = nullcontext(lambda title: choose_progress(console, is_quiet=given.quiet, title=title))
+    rows = one_by_one if jobs == 1 else choose_rows(console, is_quiet=given.quiet)
+    with _told_when_interrupted("the same command"), rows as open_progress:
+        outcome = compare_suite(suite, directory, open_progress, jobs=jobs)
     if outcome.search:
         _show_search(outcome.search)
     if outcome.finished:
@@ -108,22 +116,24 @@ def plan(given: Namespace) -> int:
 
 
 def generate(given: Namespace) -> int:
-    """Let a client's personalised model answer a prompt."""
+    """Let a client's personalised model, the server's or the untouched one answer a prompt."""
     _log_to_stderr(is_quiet=True)
+    who = _asked_model(given)
     from fedexperts.running.export import generate_text
 
-    print(generate_text(given.run_dir, given.client, given.prompt, when=given.when, context=given.context))
+    when: When = given.when or "after"
+    print(generate_text(given.run_dir, who, given.prompt, when=when, context=given.context))
     return OK
 
 
 def export(given: Namespace) -> int:
-    """Write a client's personalised model to a folder."""
+    """Write a client's personalised model, or the server's, to a folder."""
     _log_to_stderr(is_quiet=True)
+    who = _asked_model(given)
     from fedexperts.running.export import export_client
 
-    print(
-        export_client(given.run_dir, given.client, given.to, when=given.when, as_checkpoint=given.checkpoint)
-    )
+    when: When = given.when or "after"
+    print(export_client(given.run_dir, who, given.to, when=when, as_checkpoint=given.checkpoint))
     return OK
 
 
@@ -137,154 +147,6 @@ def pretrain(given: Namespace) -> int:
     settings = build_settings(PretrainSettings, {}, "pretrain", given.overrides)
     pretrain_model(settings, given.to, lambda line: print(line, flush=True))
     return OK
-
-
-def _argument(*names: str, **how: Any) -> Callable[[ArgumentParser], None]:
-    def add(parser: ArgumentParser) -> None:
-        parser.add_argument(*names, **how)
-
-    return add
-
-
-_EXPERIMENT = _argument("experiment", metavar="EXPERIMENT.toml", type=Path, help="an experiment file")
-_OVERRIDES = _argument(
-    "overrides", metavar="KEY=VALUE", nargs="*", help="settings over the file's, e.g. training.lr=3e-3"
-)
-_RUN_DIR = _argument("run_dir", metavar="RUN_DIR", type=Path, help="a run directory")
-_CLIENT = _argument("--client", metavar="ID", required=True, help="the client, e.g. client-000")
-_WHEN = _argument(
-    "--when",
-    choices=("before", "after"),
-    default="after",
-    help="its model before or after the last local steps (default: after)",
-)
-_QUIET = _argument("--quiet", action="store_true", help="no progress, only warnings and the result")
-
-COMMANDS: tuple[tuple[Callable[[Namespace], int], tuple[Callable[[ArgumentParser], None], ...]], ...] = (
-    (
-        run,
-        (
-            _argument("experiment", metavar="EXPERIMENT.toml", nargs="?", help="an experiment file"),
-            _OVERRIDES,
-            _argument("--to", metavar="DIR", type=Path, help="run directory (default: runs/NAME-N)"),
-            _argument(
-                "--resume", metavar="RUN_DIR", type=Path, help="go on with this run; no file is needed then"
-            ),
-            _QUIET,
-        ),
-    ),
-    (
-        compare,
-        (
-            _argument("suite", metavar="SUITE.toml", type=Path, help="a suite file"),
-            _OVERRIDES,
-            _argument("--to", metavar="DIR", type=Path, help="suite directory (default: runs/NAME)"),
-            _QUIET,
-        ),
-    ),
-    (report, (_argument("directory", metavar="DIR", type=Path, help="a run or suite directory"),)),
-    (check, (_EXPERIMENT, _OVERRIDES)),
-    (
-        plan,
-        (
-            _argument("model", metavar="MODEL", help="a built-in shape, a folder, or a hub name"),
-            _argument(
-                "overrides", metavar="KEY=VALUE", nargs="*", help="other settings, e.g. adapter.rank=8"
-            ),
-            _argument("--method", help="flex, flux, fedavg, fedavg_experts or local_only (default: flex)"),
-            _argument("--memory", metavar="AMOUNT", help="what a client has, e.g. 24GB or 24GiB"),
-            _argument("--batch", metavar="N", type=int, help="examples of a batch (default: 4)"),
-            _argument("--seq", metavar="N", type=int, help="tokens of an example (default: 512)"),
-            _argument("--json", action="store_true", help="plain data, in bytes"),
-        ),
-    ),
-    (
-        generate,
-        (
-            _RUN_DIR,
-            _argument("prompt", metavar="PROMPT", help="what to ask"),
-            _CLIENT,
-            _argument("--context", metavar="TEXT", default="", help="a passage that the prompt refers to"),
-            _WHEN,
-        ),
-    ),
-    (
-        export,
-        (
-            _RUN_DIR,
-            _CLIENT,
-            _argument("--to", metavar="DIR", type=Path, required=True, help="a new folder"),
-            _WHEN,
-            _argument(
-                "--checkpoint",
-                action="store_true",
-                help="one plain checkpoint, where the family can express the model",
-            ),
-        ),
-    ),
-    (
-        pretrain,
-        (_OVERRIDES, _argument("--to", metavar="DIR", type=Path, required=True, help="a new folder")),
-    ),
-)
-"""Each command with its arguments; the first line of a command's docstring is its help."""
-
-
-def build_parser() -> ArgumentParser:
-    """The parser of the whole command line."""
-    parser = ArgumentParser(
-        prog="fedexperts",
-        description="Federated fine-tuning of Mixture-of-Experts language models.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command, arguments in COMMANDS:
-        text = command.__doc__ or ""
-        added = commands.add_parser(command.__name__, help=text, description=text, allow_abbrev=False)
-        added.set_defaults(command=command)
-        for add in arguments:
-            add(added)
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; a user's mistake is one line on stderr."""
-    given = _parse(arguments)
-    try:
-        return int(given.command(given))
-    except UserError as error:
-        return _told(f"error: {error}", MISTAKE)
-    except (Interrupted, KeyboardInterrupt) as error:
-        return _told(str(error) or "interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        # The reader has gone, as in `fedexperts check FILE | head`; without this Python complains at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return SOME_FAILED
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        return _told(f"error: {error.filename}: {error.strerror}", MISTAKE)
-    except Exception as error:
-        if is_disk_full(error):
-            return _told(
-                f"error: the disk is full ({error}): make room and resume, finished rounds are kept", MISTAKE
-            )
-        raise
-
-
-def _told(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
-    return code
-
-
-def _parse(arguments: Sequence[str] | None) -> Namespace:
-    """Arguments by name; overrides may also follow an option, which argparse alone does not take."""
-    parser = build_parser()
-    given, rest = parser.parse_known_args(arguments)
-    if rest and (any(one.startswith("-") for one in rest) or not hasattr(given, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        given.overrides = [*given.overrides, *rest]
-    return given
 
 
 def _new_run(given: Namespace) -> "tuple[RunConfig, Path]":
@@ -307,12 +169,26 @@ def _old_run(given: Namespace) -> "RunConfig":
     if given.to is not None:
         raise UserError(f"--to {given.to} and --resume {given.resume} exclude each other")
     old = RunDirectory(given.resume)
-    old.create(resume=True)
+    old.check_start(resume=True)
     if given.experiment is None:
         return load_config(old.config)
     if _is_override(given.experiment):
         return load_config(old.config, [given.experiment, *given.overrides])
     return load_config(Path(given.experiment), given.overrides)
+
+
+def _asked_model(given: Namespace) -> str:
+    """The id of the client that is asked for, or ``server`` or ``base``."""
+    from fedexperts.running.client_names import resolve_client
+
+    if given.model == "client":
+        if given.client is None:
+            raise UserError("whose model is meant is missing: give --client NAME, or --model server or base")
+        return resolve_client(given.run_dir, given.client)
+    for option in ("client", "when"):
+        if getattr(given, option) is not None:
+            raise UserError(f"--{option} {getattr(given, option)} has no effect with --model {given.model}")
+    return str(given.model)
 
 
 def _is_override(argument: str) -> bool:

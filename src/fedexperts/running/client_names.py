@@ -1,0 +1,48 @@
+"""Find a client of a run by the name that tables show, such as a house style, or by its id."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fedexperts.errors import UserError
+from fedexperts.run_directory import RunDirectory, read_json
+
+_MOST_LISTED = 20
+
+
+def client_names(run_directory: Path) -> dict[str, str]:
+    """Names of the run's clients by id, empty where the server cannot see them or the run is unfinished.
+
+    Raises:
+        UserError: ``run_directory`` holds no run.
+    """
+    run = RunDirectory(run_directory)
+    if not run.config.exists():
+        raise UserError(f"{run_directory} holds no run (no config.toml)")
+    recorded = read_json(run.result)["clients"] if run.result.exists() else {}
+    ids = {path.name for path in run.client_folders.glob("*") if path.is_dir()} | set(recorded)
+    return {client_id: recorded.get(client_id, {}).get("name", "") for client_id in sorted(ids)}
+
+
+def resolve_client(run_directory: Path, client: str) -> str:
+    """Return the id of the client that ``client`` names or is.
+
+    Raises:
+        UserError: no client, or more than one, has the name.
+    """
+    names = client_names(run_directory)
+    if client in names:
+        return client
+    found = [client_id for client_id, name in names.items() if name and name == client]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        told = _list(found, names)
+        raise UserError(f"client {client!r} is not one client of {run_directory}: give one of the ids {told}")
+    told = _list(list(names), names)
+    raise UserError(f"client {client!r} is not in {run_directory}: it must be one of {told}")
+
+
+def _list(ids: Sequence[str], names: Mapping[str, str]) -> str:
+    told = [f"{one} ({names[one]})" if names[one] else one for one in ids[:_MOST_LISTED]]
+    rest = f" and {len(ids) - _MOST_LISTED} more" if len(ids) > _MOST_LISTED else ""
+    return (", ".join(told) or "none, for it has no clients yet") + rest
