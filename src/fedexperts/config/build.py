@@ -36,8 +36,7 @@ class Source:
     """Every full key there is, to suggest from."""
 
     def error(self, key: str, problem: str) -> UserError:
-        """Return an error about ``key``, e.g. ``flex.toml: training.lr must be a finite number, not
-        "fast"``."""
+        """Return an error about ``key``: ``flex.toml: training.lr must be a finite number, not "fast"``."""
         is_override = any(full == key or full.startswith(f"{key}.") for full in self.overrides)
         return UserError(f"{'command line' if is_override else self.file}: {key} {problem}")
 
@@ -62,8 +61,7 @@ def build(cls: type[Settings], table: Mapping[str, Any], source: Source, prefix:
 
 
 def to_table(settings: Any) -> Table:
-    """Return the table that :func:`build` makes an equal instance from; None, which TOML lacks, is left
-    out."""
+    """Return the table that :func:`build` makes an equal instance from, without None, which TOML lacks."""
     table: Table = {}
     for name, item in _fields(type(settings)).items():
         value = getattr(settings, name)
@@ -210,8 +208,7 @@ def _nearest(word: str, allowed: Collection[str]) -> str:
 
 
 def _suggestion(prefix: str, key: str, siblings: Collection[str], source: Source) -> str:
-    """Suggest the nearest name in the same section, else any key with that last word, else all that are
-    allowed."""
+    """Suggest the nearest name in the same section, else keys with that last word, else all allowed."""
     near = difflib.get_close_matches(key, siblings, n=1)
     if near:
         return f"; did you mean {prefix}{near[0]}?"

@@ -24,8 +24,7 @@ Settings = TypeVar("Settings")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Load the configuration in a TOML file; overrides such as ``training.lr=3e-3`` replace the file's
-    values.
+    """Load the configuration in a TOML file; overrides such as ``training.lr=3e-3`` replace its values.
 
     Raises:
         UserError: one sentence with the file (or "command line"), the key, its value and what is allowed.
@@ -72,8 +71,7 @@ def settings_sha256(settings: Mapping[str, Any]) -> str:
 
 
 def difference(old: RunConfig, new: RunConfig) -> list[str]:
-    """Describe what changed from ``old`` to ``new``, e.g. ``training.lr: 0.003 -> 0.01``, in the order of
-    keys."""
+    """Describe the changes from ``old`` to ``new`` in the order of keys: ``training.lr: 0.003 -> 0.01``."""
     return table_difference(to_table(old), to_table(new))
 
 

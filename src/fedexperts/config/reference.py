@@ -1,5 +1,4 @@
-"""Write the tables of docs/configuration.md from the settings' source: ``python -m
-fedexperts.config.reference``.
+"""Write the tables of docs/configuration.md: ``python -m fedexperts.config.reference``.
 
 Every field of a settings class is followed by a string with one sentence. Python does not keep that string,
 so it is read from the class's source.
@@ -39,8 +38,7 @@ def with_reference(text: str) -> str:
 
 
 def reference() -> str:
-    """Return all sections of an experiment file, a suite's search, and the keys of pretraining, as
-    Markdown."""
+    """Return all sections of an experiment file, a suite's search, and pretraining's keys, as Markdown."""
     sections = [
         *_sections(RunConfig, ""),
         *_sections(SearchSettings, "search", "`[search]` of a suite"),
@@ -99,7 +97,7 @@ def _row(key: str, item: dataclasses.Field[Any], hint: Any, sentences: dict[str,
 
 
 def field_sentences(cls: type) -> dict[str, str]:
-    """Return the string under each field of a dataclass, inherited ones too, as one line with single
+    """Return the string under each field of a dataclass, also inherited, in one line with single
     backquotes."""
     sentences = {}
     for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):

@@ -81,8 +81,7 @@ def partition_iid(num_examples: int, *, num_clients: int, rng: random.Random) ->
 
 
 def partition_natural(clients_N: Codes, *, num_clients: int, min_examples: int) -> Partition:
-    """Make one client for each code, in the order of codes; keep the largest ``num_clients`` if that is not
-    0.
+    """Make one client for each code, in the order of codes; keep the largest if ``num_clients`` is not 0.
 
     Clients with fewer than ``min_examples`` are left out and logged. Of clients of equal size the one whose
     code comes first is kept.

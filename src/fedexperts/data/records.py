@@ -34,8 +34,8 @@ class RecordReader:
         return cls(fields=settings.fields, required=frozenset(required))
 
     def read(self, record: Mapping[str, Any], where: str) -> Example:
-        """Return the example in ``record``; ``where`` (file and line) names it in an error and becomes its
-        source_id."""
+        """Return the example in ``record``; ``where`` (file and line) becomes its source_id and names it in
+        errors."""
         return Example(
             instruction=self._text(record, "instruction", where),
             context=self._text(record, "context", where),

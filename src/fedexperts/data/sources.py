@@ -19,8 +19,8 @@ _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def iterate_examples(settings: DataSettings, seed: int) -> Iterator[Example]:
-    """Yield every example of ``settings.source`` in a fixed order; only the generated world depends on
-    ``seed``."""
+    """Yield every example of ``settings.source`` in a fixed order; ``seed`` only affects the generated
+    world."""
     if settings.source == TINYWORLD:
         yield from generate_tinyworld(settings, seed)
         return
@@ -38,8 +38,7 @@ def iterate_examples(settings: DataSettings, seed: int) -> Iterator[Example]:
 
 
 def read_json_lines(path: Path, *, key: str = "data.source") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield each record of a file, or of a folder's files in the order of their names, with its file and
-    line.
+    """Yield each record of a file, or of a folder's files in the order of their names, with file and line.
 
     ``key`` is the setting that an error about the file names.
     """

@@ -14,8 +14,7 @@ SPLITS: Final[tuple[Split, ...]] = ("train", "validation", "test")
 def split_examples(
     prompts: Sequence[Hashable], settings: SplitSettings, *, client: str, rng: random.Random
 ) -> dict[Split, list[int]]:
-    """Return the positions of one client's examples in each split, shuffled; ``prompts`` has one key per
-    example.
+    """Return positions of one client's examples in each split, shuffled; ``prompts`` has a key per example.
 
     Sizes are the shares, rounded, with at least one test example. Examples with the same prompt and different
     responses stay together, so that no prompt that is trained on is tested: a group goes to the test if it

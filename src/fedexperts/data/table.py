@@ -16,8 +16,8 @@ class LabelRow:
     num_validation: int
     num_test: int
     labels: dict[str, int]
-    """Examples of every label of any client, all splits together; zeros included, the same keys in each
-    row."""
+    """Examples of every label of any client, all splits together, zeros included; all rows have equal
+    keys."""
 
 
 def label_table(data: FederatedData) -> list[LabelRow]:

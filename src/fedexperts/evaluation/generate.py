@@ -16,8 +16,7 @@ from fedexperts.errors import UserError
 from fedexperts.moe.observing.forward_pass import evaluation_mode
 
 _KEPT_SHARE = 0.75
-"""Ended rows are removed from batch and cache once at most this share is still running; each removal is a
-copy."""
+"""Ended rows leave batch and cache once at most this share is still running; each removal is a copy."""
 
 
 @dataclass(frozen=True, kw_only=True)

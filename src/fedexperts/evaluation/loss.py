@@ -16,8 +16,7 @@ from fedexperts.errors import UserError
 from fedexperts.moe.observing.forward_pass import evaluation_mode
 
 _CHUNK_BYTES = 2**26
-"""Logits are converted to float32 in pieces of about this size, because those of a whole batch may not
-fit."""
+"""Logits are converted to float32 in pieces of about this size; those of a whole batch may not fit."""
 
 
 def mean_loss(model: Any, encoded: Sequence[Encoded], *, batch_size: int, pad_token_id: int) -> float:

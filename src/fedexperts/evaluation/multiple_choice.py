@@ -68,8 +68,7 @@ def _draw(questions: list[Question], settings: ExamSettings, seed: int) -> list[
 
 
 def list_choices(question: Question) -> Question:
-    """Return the same question with its choices listed by letter, and the letters as choices (usual for
-    MMLU)."""
+    """Return the question with its choices listed by letter, and the letters as choices (usual for MMLU)."""
     letters = tuple(ascii_uppercase[: len(question.choices)])
     lines = [f"{letter}. {choice}" for letter, choice in zip(letters, question.choices, strict=True)]
     return replace(question, question="\n".join([question.question, *lines]), choices=letters)
@@ -116,8 +115,7 @@ def score_exam(
 def _choice_losses(
     model: Any, format: PromptFormat, questions: Sequence[Question], batch_size: int, *, normalise: bool
 ) -> list[float | None]:
-    """Return minus the log-likelihood of every choice, question by question; None for one that does not
-    fit."""
+    """Return minus the log-likelihood of every choice by question; None for a choice that does not fit."""
     encoded = format.encode_examples(
         [
             Example(instruction=question.question, response=choice)

@@ -20,8 +20,8 @@ def mean_rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float
 
 
 def exact_match_share(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Return the share of predictions equal to their reference, ignoring white space but not letter case; 0
-    to 1."""
+    """Return the share of predictions equal to their reference (letter case counts, white space not), 0 to
+    1."""
     pairs = list(zip(predictions, references, strict=True))
     return sum(prediction.split() == reference.split() for prediction, reference in pairs) / len(pairs)
 

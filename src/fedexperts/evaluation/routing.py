@@ -13,7 +13,7 @@ Table = Sequence[Sequence[int]]
 
 
 def balance_std(table: Table) -> float:
-    """Standard deviation of tokens per expert, in tokens: 0 is perfect balance.
+    """Return the standard deviation of tokens per expert, in tokens: 0 is perfect balance.
 
     It is the population's, over all of a layer's experts, including those without tokens; FLEx reports it
     (App. C.6) without saying whether population or sample and how layers are joined. It grows with the number
@@ -23,8 +23,8 @@ def balance_std(table: Table) -> float:
 
 
 def normalised_entropy(table: Table) -> float:
-    """Return the entropy of the shares of tokens over its largest value, ln E: 1 is perfect balance, 0 one
-    expert alone.
+    """Return the entropy of the shares of tokens over its largest value, ln E: 1 for even use, 0 for one
+    expert.
 
     It is the entropy of how experts are used over a text, not of the router's softmax for a token. A layer of
     one expert has 1.
@@ -40,8 +40,7 @@ def shares(table: Table) -> list[list[float]]:
 
 
 def total_variation(first: Table, second: Table) -> float:
-    """Return half the sum of differences between the shares of two tables: 0 for equal use, 1 for no expert
-    in common."""
+    """Return half the sum of differences of shares in two tables: 0 for equal use, 1 for no common expert."""
     pairs = zip(shares(first), shares(second), strict=True)
     return fmean(fsum(abs(a - b) for a, b in zip(one, other, strict=True)) / 2 for one, other in pairs)
 

@@ -54,8 +54,7 @@ class Checkpoint:
 
         Raises:
             UserError: the folder is no checkpoint, a shard is missing or cut short, its model is not
-            supported,
-                or its weights are quantised.
+                supported, or its weights are quantised.
         """
         self.folder = folder
         self.config = _config(folder)
@@ -68,8 +67,7 @@ class Checkpoint:
         self._sources = self._find_sources()
 
     def _find_tensors(self) -> dict[str, str]:
-        """Find the shard of each tensor; all are opened, so that a damaged one is found before anything
-        runs."""
+        """Find the shard of each tensor; open all, so that a damaged one is found before anything runs."""
         if (self.folder / _INDEX).is_file():
             shard_of = self._read_index()
         elif (self.folder / _SINGLE).is_file():
@@ -167,7 +165,7 @@ class Checkpoint:
         return made[0].to(like.dtype)
 
     def _part(self, place: MoeLayer, name: str, pattern: str, expert: int) -> Tensor:
-        """Return what a checkpoint of this one expert would hold: a tensor of its own, or a slice of a fused
+        """Return what a checkpoint of this one expert would hold: its own tensor, or a slice of a fused
         one."""
         keys = self._sources[name].keys[pattern]
         if "*" in pattern:

@@ -37,8 +37,7 @@ the result need not ask."""
 
 
 def merge_by_shares(shares_LE: Sequence[Tensor]) -> GroupMerge:
-    """Merge by eq. 2's weighted mean, given by layer the shares (E,) of its experts; one member in memory at
-    a time."""
+    """Merge by eq. 2's weighted mean of the shares (E,) by layer, with one member in memory at a time."""
 
     def merge(layer: int, group: tuple[int, ...], members: Iterable[Weights]) -> Weights:
         return merge_weights(members, [float(shares_LE[layer][expert]) for expert in group])
@@ -164,8 +163,8 @@ def _load_rest(checkpoint: Checkpoint) -> Any:
 
 
 def _without_experts(kind: type[PreTrainedModel]) -> Any:
-    """Return ``kind`` with fused parameters of no expert; transformers checks its name and module, so they
-    are kept."""
+    """Return ``kind`` with empty fused parameters; it keeps its name and module, which transformers
+    checks."""
 
     class Shell(kind):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:

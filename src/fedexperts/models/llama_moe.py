@@ -107,8 +107,7 @@ class LlamaMoERouter(nn.Module):
         return top_TK * self.scale
 
     def rows(self) -> Tensor:
-        """Return weight rows (E, D) of the logits' linear part: ``W2 W1``, as tanh is the identity near
-        zero."""
+        """Return weight rows (E, D) of the logits' linear part, ``W2 W1``: tanh is the identity near zero."""
         if isinstance(self.gate_network, nn.Linear):
             return self.gate_network.weight
         first, second = cast(nn.Linear, self.gate_network[0]), cast(nn.Linear, self.gate_network[2])

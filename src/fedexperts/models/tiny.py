@@ -190,7 +190,7 @@ def tiny_model(
 
 @torch.no_grad()
 def _fill_zeros(model: nn.Module) -> None:
-    """Fill what a family starts at zero (a router, experts' biases), which would make all tokens or experts
+    """Fill weights that a family starts at zero (router, experts' biases); zeros would make all experts
     alike."""
     for parameter in model.parameters():
         if parameter.dim() >= 2 and not parameter.any():

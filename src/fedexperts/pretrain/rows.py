@@ -47,7 +47,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings) -> I
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[PretrainingText]) -> list[Encoded]:
-    """Return token ids of each text with its end, and at each token the id to be predicted there (-100 for
+    """Return token ids of each text with its end, and the id to be predicted at each token (-100 for
     none)."""
     prompts = [f"{USER}{text.prompt}{END}{ASSISTANT}" if text.prompt else "" for text in texts]
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]

@@ -76,8 +76,7 @@ def score_pretrained(folder: Path, *, seed: int, num_questions: int, num_prompts
 
 
 def expert_table(scores: PretrainScores, layer: int) -> str:
-    """Return expert use in ``layer`` as a Markdown table of per cent: a row per category, a column per
-    expert."""
+    """Return expert use in ``layer`` as Markdown, in per cent: a row per category, a column per expert."""
     shares_by_category = {category: layers[layer] for category, layers in scores.expert_share.items()}
     num_experts = len(next(iter(shares_by_category.values())))
     lines = [

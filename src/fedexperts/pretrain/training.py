@@ -128,15 +128,14 @@ def _step(
 
 
 def segment_mask(segments_BT: torch.Tensor) -> torch.Tensor:
-    """Return an additive mask (B, 1, T, T): a token attends to itself and the earlier tokens of its own
-    text."""
+    """Return an additive mask (B, 1, T, T): a token attends to itself and earlier tokens of its own text."""
     is_visible = (segments_BT[:, :, None] == segments_BT[:, None, :]).tril()
     mask = torch.zeros(is_visible.shape).masked_fill(~is_visible, torch.finfo(torch.float32).min)
     return mask[:, None]
 
 
 def _balance_loss(router_logits: tuple[torch.Tensor, ...], texts: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Mean over layers of E times the inner product of token share and mean probability (Switch, eq. 4).
+    """Return the mean over layers of E times token share by mean probability, summed (Switch, eq. 4).
 
     Computed layer by layer; transformers' own loss pools the layers, so that one layer may stay unbalanced.
     """

@@ -1,5 +1,4 @@
-"""Print a prompt per category and an answer per style as Markdown: ``python -m
-fedexperts.data.tinyworld``."""
+"""Print a prompt per category and an answer per style: ``python -m fedexperts.data.tinyworld``."""
 
 from fedexperts.data.tinyworld import CATEGORIES, STYLES, make_example, num_prompts, restyle
 

@@ -15,8 +15,7 @@ _NUM_FEISTEL_ROUNDS = 4
 
 
 def num_prompts(category: str) -> int:
-    """Return the number of distinct prompts of ``category``, the same for every seed; the largest index is
-    one less.
+    """Return the number of distinct prompts of ``category``, equal for every seed; indices are below it.
 
     All of them are about held-out people, places, things or words, which no pretraining instruction names.
     """
@@ -61,8 +60,8 @@ def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _permuted(key: int, index: int, size: int) -> int:
-    """Return the place of ``index`` in a random permutation of ``range(size)``: a Feistel network with cycle
-    walking.
+    """Return the place of ``index`` in a random permutation of ``range(size)`` (a cycle-walking Feistel
+    network).
 
     (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002.)
     """

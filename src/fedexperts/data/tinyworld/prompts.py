@@ -340,8 +340,7 @@ BUILDERS: Final[MappingProxyType[str, Callable[[Digits, bool], Prompt]]] = Mappi
     }
 )
 
-"""Function that makes the prompt of each category from its digits, over held-out entities or over the
-others."""
+"""Functions that make prompts of each category from digits, over held-out entities or over the others."""
 
 CATEGORIES: Final = tuple(BUILDERS)
 """The categories of Dolly that FLEx's experiments draw from (arXiv:2506.00965)."""
@@ -356,6 +355,6 @@ def num_positions(category: str, *, held_out: bool) -> int:
 
 
 def prompt_at(category: str, position: int, *, held_out: bool) -> Prompt:
-    """Return the prompt at ``position``, below :func:`num_positions`; distinct positions give distinct
-    prompts."""
+    """Return the prompt at ``position``, below :func:`num_positions`; each position has a prompt of its
+    own."""
     return BUILDERS[category](Digits(category, position), held_out)

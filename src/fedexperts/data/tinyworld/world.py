@@ -76,8 +76,7 @@ FICTIONAL: Final = (
 
 
 def is_held_out(position: int) -> bool:
-    """Return whether the entity or word at ``position`` of its list is kept out of the pretraining
-    instructions."""
+    """Return whether the entry at ``position`` of its list is kept out of the pretraining instructions."""
     return position % 3 == 2
 
 

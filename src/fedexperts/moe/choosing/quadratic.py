@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
-"""Elements of one intermediate tensor: a core's cache holds a few such tensors, and a GPU needs few
-launches."""
+"""Elements of one intermediate tensor: a core's cache holds a few of them, and a GPU needs few launches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +56,7 @@ def all_subsets(num_experts: int, size: int) -> Tensor:
 
 
 def losses_of_all(forms: QuadraticForms, size: int) -> Tensor:
-    """Return the squared losses of all subsets of ``size`` (1 to 3) experts, summed over the rows: float64
-    (S,).
+    """Return squared losses of all subsets of ``size`` (1 to 3) experts, summed over the rows: float64 (S,).
 
     The order is that of :func:`all_subsets`. A triple costs a few operations on each row: the pairs' sums are
     computed once, and one matrix product with a matrix of zeros and ones joins the first expert with all
@@ -130,7 +128,7 @@ def _membership(num_experts: int) -> Tensor:
 
 
 def losses_of(forms: QuadraticForms, subsets_Sr: Tensor) -> Tensor:
-    """Return the squared losses of the given subsets, summed over the rows, float64 (S,); for few rows or
+    """Return squared losses of the given subsets, summed over the rows, float64 (S,); for few rows or
     subsets."""
     subsets_Sr = subsets_Sr.to(forms.a_REE.device)
     num_subsets, size = subsets_Sr.shape

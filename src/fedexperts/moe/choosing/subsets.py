@@ -55,8 +55,7 @@ _BLOCK_BYTES = {"cpu": 4 * 1024**2, "cuda": 64 * 1024**2}
 _LEAST_LOGIT = -300.0
 """Distance below the best logit of a token at which exp of it, squared, is still above the least float64."""
 _SAME_SHARE = 0.02
-"""Largest relative distance of a token's weights from a multiple of its scores; bfloat16 weights are off by
-0.4 %."""
+"""Largest relative distance of a token's weights from a multiple of its scores; bfloat16 needs 0.4 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +88,7 @@ def subset_losses(
     size: int,
     rule: SubsetRule = SubsetRule(),
 ) -> Tensor:
-    """Return the losses of all subsets of 1 to 3 experts: float64 (S,), in the order of
-    ``torch.combinations``.
+    """Return losses of all subsets of 1 to 3 experts: float64 (S,), in the order of ``torch.combinations``.
 
     Raises:
         UserError: ``size`` is not from 1 to 3, or above the number of experts; a loss is not finite.
@@ -108,8 +106,8 @@ def choose_subset(
     size: int,
     rule: SubsetRule = SubsetRule(),
 ) -> SubsetChoice:
-    """Choose the ``size`` experts of least loss: up to 3 from all subsets, above by greedy additions and
-    swaps.
+    """Choose the ``size`` experts of least loss: from all subsets up to 3, by greedy additions and swaps
+    above.
 
     Of equal losses the first in lexicographic order wins. Greedy choices keep the inner products of all
     tokens: 8 E² bytes for each with the softmax weighting.
@@ -250,7 +248,7 @@ def _greedy(layer: MoeLayer, forms: Sequence[QuadraticForms], size: int, num_tok
 
 
 def _forms(layer: MoeLayer, batch: LayerActivations, rule: SubsetRule) -> Iterator[QuadraticForms]:
-    """Return the batch's quadratic forms: a row for each token with softmax weights, else one row for the
+    """Return the batch's quadratic forms: a row per token with softmax weights, else one row for the
     batch."""
     if rule.weighting == "router":
         yield _router_form(layer, batch, rule)
@@ -306,8 +304,7 @@ def _chunks(layer: MoeLayer, batch: LayerActivations) -> Iterator[LayerActivatio
 
 
 def _apart(outputs_TED: Tensor, target_TD: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield blocks of tokens, with the experts' outputs less the target, float64, in memory that is
-    reused."""
+    """Yield blocks of tokens with the experts' outputs less the target, float64, in reused memory."""
     scratch_TED, target_TD = _scratch(outputs_TED, outputs_TED.shape[1]), target_TD.double()
     for rows in _blocks_of_rows(outputs_TED):
         wanted_T1D = target_TD[rows].unsqueeze(1)

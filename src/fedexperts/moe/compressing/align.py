@@ -59,8 +59,7 @@ def permute_neurons(experts: Any, weights: Mapping[str, Tensor], order_F: Tensor
 
 
 def _neuron_axis(experts: Any, name: str) -> int | None:
-    """Return the dimension of :func:`_unfold`'s tensor that counts neurons; None if a parameter has no
-    neurons."""
+    """Return the dimension of :func:`_unfold`'s tensor that counts neurons; None without neurons."""
     if name == "down_proj_bias":
         return None
     if name == "down_proj":

@@ -32,7 +32,7 @@ LEAST_VARIATION = 1e-6
 def merge_budget(
     kind: BudgetKind, num_merged: int, tokens_LE: Sequence[Tensor], num_candidates: Sequence[int]
 ) -> list[int]:
-    """Return the number of merged experts of each layer; they sum to ``num_merged``, or to all candidates if
+    """Return the number of merged experts of each layer; the sum is ``num_merged``, or all candidates if
     fewer.
 
     Args:
@@ -80,8 +80,8 @@ def _unevenness(tokens_E: Tensor, index: int) -> float:
 
 
 def apportion(total: int, shares: Sequence[float], most: Sequence[int]) -> list[int]:
-    """Return whole numbers near ``shares``, from 1 to ``most[l]`` each (0 where that is 0), that sum to
-    ``total``.
+    """Return whole numbers near ``shares`` that sum to ``total``: from 1 to ``most[l]`` each, or 0 where that
+    is 0.
 
     They sum to ``sum(most)`` if that is less than ``total``. Shares are positive; the arithmetic is exact.
     """

@@ -69,8 +69,7 @@ def _check_chosen(layer: MoeLayer, chosen: Sequence[int]) -> None:
 
 
 def _pieces(layer: MoeLayer, chosen: Sequence[int]) -> Iterator[Tensor]:
-    """Yield the same part of each chosen expert's weights, float32 (N, at most some), one part after the
-    other."""
+    """Yield the same part of each chosen expert's weights, float32 (N, at most some), part after part."""
     size = max(_CHUNK_BYTES // (4 * len(chosen)), 1)
     for name in layer.parameter_names():
         weights_EX = getattr(layer.experts, name).flatten(1)
@@ -160,7 +159,7 @@ class _Points:
         return torch.stack(picks, dim=1).reshape(len(self.unit_LNP), num_starts, num_groups, -1)
 
     def converge(self, centroid_LZMP: Tensor) -> tuple[Tensor, Tensor]:
-        """Run Lloyd's steps until no expert moves; return each expert's group and its distance to it, (L, N,
+        """Run Lloyd's steps until no expert moves; return each expert's group and distance to it, (L, N,
         Z)."""
         before_LNZ: Tensor | None = None
         for _ in range(_MAX_STEPS):

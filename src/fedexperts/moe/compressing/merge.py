@@ -1,5 +1,4 @@
-"""Merge experts: decide which are merged together, and compute the merged weights (Flux, arXiv 2508.19078,
-eq. 2).
+"""Merge experts: decide which go together, and compute merged weights (Flux, arXiv 2508.19078, eq. 2).
 
     W_C = Σ_{e∈C} (α_e / Σ_{e'∈C} α_e') W_e,    α_e = f_e · a_e
 
@@ -250,8 +249,7 @@ def merge_group(
     settings: MergeSettings = MergeSettings(),
     activations: LayerActivations | None = None,
 ) -> dict[str, Tensor]:
-    """Return the weights of the one expert that stands for ``group``; a single member's weights are copied
-    unchanged.
+    """Return the weights of the expert that stands for ``group``; a single member's are copied unchanged.
 
     Raises:
         UserError: an expert is out of range or given twice, or a weight is not finite.

@@ -57,7 +57,7 @@ def share_of(layer: MoeLayer, experts: Sequence[int], activations: LayerActivati
 
 
 def _run(layer: MoeLayer, hidden_RD: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """Run one expert and return its output, float32, on the inputs' device, which may differ from the
+    """Run one expert; return its output, float32, on the inputs' device, which may differ from the
     layer's."""
     like = layer.expert(0)["down_proj"]
     own = {name: weight.to(like) for name, weight in weights.items()}
@@ -68,8 +68,7 @@ def _run(layer: MoeLayer, hidden_RD: Tensor, weights: Mapping[str, Tensor]) -> T
 def layer_error(
     layer: MoeLayer, plan: SlotPlan, merged: Sequence[Mapping[str, Tensor]], activations: LayerActivations
 ) -> float:
-    """Return ‖routed sum - routed sum with the plan‖ / ‖routed sum‖ over all tokens together (Frobenius
-    norms).
+    """Return ‖routed sum - routed sum with the plan‖ / ‖routed sum‖ over all tokens (Frobenius norms).
 
     0 is a merge that changes nothing, 1 one that is as bad as a layer whose output is 0.
 

@@ -72,8 +72,7 @@ class LayerActivations:
 
 
 class LayerWatch:
-    """An observer that hands each layer's :class:`LayerActivations` of each batch to a callback, on the
-    device.
+    """An observer that passes each layer's :class:`LayerActivations` of each batch to a callback.
 
     ``rows`` narrows the tokens: for each batch the indices, among its real tokens in order, of those to keep.
     """
@@ -163,8 +162,7 @@ class LayerWatch:
 
 
 def as_logits(scores_TE: Tensor) -> Tensor:
-    """Return logits from what a router returned first: usually they are logits, but gemma4 gives
-    probabilities."""
+    """Return logits from what a router returned first: usually logits, but probabilities in gemma4."""
     is_share = scores_TE.numel() > 0 and (
         bool((scores_TE >= 0).all()) and float((scores_TE.sum(dim=-1) - 1).abs().max()) < 1e-3
     )

@@ -1,5 +1,4 @@
-"""Measure whether a changed model (quantised, merged) routes and predicts as the full one on the same
-batches.
+"""Measure whether a changed model (quantised, merged) routes and predicts as the full one does.
 
 Shape suffixes: ``T`` tokens, ``E`` experts, ``K`` top-k, ``L`` layers, ``P`` positions with logits, ``V``
 words.

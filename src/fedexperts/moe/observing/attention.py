@@ -78,8 +78,7 @@ class AttentionMeter:
         self._found.clear()
 
     def received(self, layer: MoeLayer) -> Tensor | None:
-        """Return the attention each position received, by each half of the sampled queries: float32 (2, B,
-        S).
+        """Return the attention received by position, for each half of the sampled queries: float32 (2, B, S).
 
         The halves are equal if every query was sampled. NaN marks positions to which no sampled query
         attends, which a sliding window can bring about. None means that the layer's block ran no softmax
@@ -91,8 +90,7 @@ class AttentionMeter:
         return None
 
     def _sample(self, is_token_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample positions of queries, with the number of queries each stands for; 0 fills up short
-        sequences."""
+        """Sample positions of queries and the number that each stands for; 0 fills up short sequences."""
         generator = derive_random(self._seed, "attention queries", self._num_batches)
         rows = [row.nonzero().squeeze(-1).tolist() for row in is_token_BS.cpu()]
         width = min(self._num_queries, max((len(row) for row in rows), default=0))
@@ -124,8 +122,7 @@ class AttentionMeter:
         self._found[id(module)] = torch.where(is_split_BS, halves_2BS, whole_BS)
 
     def rows(self, mask: Tensor | None, is_causal: bool, length: int) -> tuple[Tensor, Tensor | None]:
-        """Return what the sampled queries may attend to, bool (B, Q, S), and what is added to their scores,
-        if anything."""
+        """Return where the sampled queries may attend, bool (B, Q, S), and what is added to their scores."""
         queries_BQ = self._queries_BQ
         if mask is None:
             places = torch.arange(length, device=queries_BQ.device)

@@ -122,8 +122,8 @@ class Profiler:
             self._add_attention(layer, received_2BS.reshape(2, -1)[:, self._is_token_T], chosen_TK)
 
     def _add_attention(self, layer: MoeLayer, received_2T: Tensor, chosen_TK: Tensor) -> None:
-        """Add the attention received: by each half of the queries, and the number of tokens to which some
-        query attends."""
+        """Add the attention received by each half of the queries, and the tokens to which some query
+        attends."""
         received_2T = received_2T.to(chosen_TK.device)
         is_known_T = received_2T[0].isfinite()
         added_3T = torch.cat([received_2T.where(is_known_T, 0.0), is_known_T.unsqueeze(0)]).double()

@@ -74,8 +74,7 @@ class GradientMeter:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Measure gradients inside the ``with`` block; layers without slots run expert by expert
-        meanwhile."""
+        """Measure gradients inside the ``with`` block; layers without slots run expert by expert."""
         with run_by_rows(self._layers), seam.watch_gradients(self._layers, self._see):
             yield
 
@@ -152,8 +151,7 @@ def _sample_squares(products: Sequence[tuple[Tensor, Tensor]], sample_R: Tensor)
 
 @contextmanager
 def run_by_rows(layers: Sequence[MoeLayer]) -> Iterator[None]:
-    """Give layers without slots one slot for each expert, in place, so that each expert runs by itself with
-    the same weights."""
+    """Give layers without slots one slot for each expert, in place and with the same weights."""
     plain = [layer for layer in layers if seam.slots_of(layer) is None]
     for layer in plain:
         plan = SlotPlan(num_experts=layer.num_experts, kept=tuple(range(layer.num_experts)))

@@ -111,7 +111,7 @@ def _start(matrix: Tensor, rank: int, generator: torch.Generator) -> nn.Paramete
 
 
 def add_expert_lora(layer: MoeLayer, form: ExpertLoraForm, seed: int) -> tuple[str, ...]:
-    """Add LoRA to the experts named in ``form.ranks``; all others stay frozen. Return the new parameters'
+    """Add LoRA to the experts named in ``form.ranks``, freeze all others, and return the new parameters'
     names.
 
     The layer's output does not change until the update is trained. If all its experts are quantised, they

@@ -58,7 +58,7 @@ class LowBitForm:
 
 
 def pack(codes: Tensor, bits: Bits) -> Tensor:
-    """Pack codes (..., C) uint8, each below ``2**bits`` and C a multiple of 8, into bytes (..., C * bits /
+    """Pack codes (..., C) uint8, each below ``2**bits``, C a multiple of 8, into bytes (..., C * bits /
     8)."""
     num_codes, planes, shift = codes.shape[-1], [], 0
     assert num_codes % _ALIGN == 0, f"{num_codes} codes do not fill whole bytes"
@@ -90,7 +90,7 @@ def unpack(packed: Tensor, bits: Bits) -> Tensor:
 
 
 def _part(plane: Tensor, width: int, position: int, out: Tensor | None) -> Tensor:
-    """Return the ``position``-th lowest ``width`` bits of each byte, with as few passes over memory as
+    """Return the ``position``-th lowest ``width`` bits of each byte, in as few passes over memory as
     possible."""
     mask, lowest = 2**width - 1, width * position
     if position == 0:
@@ -109,7 +109,7 @@ def _folded(tensor: Tensor, num_parts: int) -> Tensor:
 
 
 def quantize(weight_RC: Tensor, form: LowBitForm) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise to packed codes (..., R, bytes) uint8, scale (..., R, G) bfloat16 and zero point (..., R, G)
+    """Quantise to packed codes (..., R, bytes) uint8, scale (..., R, G) bfloat16, zero point (..., R, G)
     uint8.
 
     Raises:

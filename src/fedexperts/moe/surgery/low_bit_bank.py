@@ -162,8 +162,7 @@ class QuantizedBank(nn.Module):
 def bank_of(
     experts: Iterable[Mapping[str, Tensor]], num_experts: int, kept: ExpertShapes, form: LowBitForm, name: str
 ) -> QuantizedBank:
-    """Fill a bank with ``num_experts`` experts that come one by one, for example from disk; errors name
-    ``name``.
+    """Fill a bank with ``num_experts`` experts that come one by one, say from disk; errors name ``name``.
 
     Raises:
         UserError: as :meth:`QuantizedBank.write` does, with the expert's name.

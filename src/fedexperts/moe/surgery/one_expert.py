@@ -19,22 +19,20 @@ def run_expert(experts: Any, hidden_TD: Tensor, weights: dict[str, Tensor]) -> T
 
 
 def expert_output(experts: Any, hidden_TD: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """Do as :func:`run_expert`, with gradients; the layout (transposed, biased, gated) is that of
-    ``experts``."""
+    """Run one expert as :func:`run_expert` does, with gradients; ``experts`` defines the layout."""
     gated = gate_expert(experts, enter_expert(experts, hidden_TD, weights))
     return norm_expert(experts, leave_expert(experts, gated, weights))
 
 
 def enter_expert(experts: Any, rows: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """Compute the first product of one expert: (R, D) to the input of its gate, (R, 2F), or (R, F) without a
+    """Compute the first product of one expert: (R, D) to its gate's input, (R, 2F), or (R, F) without a
     gate."""
     entry = _entry(experts)
     return _linear(rows, weights[entry], weights.get(f"{entry}_bias"), experts.is_transposed)
 
 
 def gate_expert(experts: Any, inner: Tensor) -> Tensor:
-    """Apply the gate or activation between the two products, to (R, F): a tensor of its own, never
-    ``inner``."""
+    """Apply the gate or activation between the products, to (R, F): a tensor of its own, never ``inner``."""
     gated = cast(Tensor, experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner))
     return gated.clone() if gated is inner else gated
 
@@ -42,7 +40,7 @@ def gate_expert(experts: Any, inner: Tensor) -> Tensor:
 def leave_expert(
     experts: Any, gated: Tensor, weights: dict[str, Tensor], bias_scale: Tensor | None = None
 ) -> Tensor:
-    """Compute the second product, to (R, D); ``bias_scale`` (R, 1) multiplies the bias if rows are already
+    """Compute the second product, to (R, D); ``bias_scale`` (R, 1) multiplies the bias of rows already
     scaled."""
     bias = weights.get("down_proj_bias")
     if bias is None or bias_scale is None:

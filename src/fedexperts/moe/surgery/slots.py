@@ -70,8 +70,7 @@ class SlotPlan:
         return len(self.tuned) + self.num_frozen
 
     def lookup(self) -> Tensor:
-        """Return the slot of each expert, int64 (E,): tuned first, then kept, then merged; -1 for a dropped
-        one."""
+        """Return the slot of each expert, int64 (E,): tuned, then kept, then merged; -1 for a dropped one."""
         lookup_E = torch.full((self.num_experts,), -1, dtype=torch.int64)
         singles = [(expert,) for expert in (*self.tuned, *self.kept)]
         for slot, group in enumerate([*singles, *self.merged]):
@@ -80,8 +79,7 @@ class SlotPlan:
 
 
 class TunedExperts(nn.Module):
-    """Experts that train in full, stacked in float32 by parameter name: a
-    :class:`fedexperts.moe.surgery.rows.Bank`."""
+    """Experts that train in full, stacked in float32 by parameter name; a bank (see rows.py)."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         """Copy ``weights``, each (number of tuned experts, ...)."""
@@ -125,8 +123,7 @@ class FusedExperts:
 
 
 class Slots(nn.Module):
-    """One layer's slots, a submodule of its experts module; our experts implementation calls it instead of
-    them."""
+    """One layer's slots: a submodule of its experts module, called in their place."""
 
     lookup_E: Tensor
 
@@ -157,8 +154,7 @@ class Slots(nn.Module):
         return self._run(experts, hidden_TD, rows).to(hidden_TD.dtype)
 
     def idle(self) -> tuple[int, ...]:
-        """Return tuned experts that no token has reached in any pass with gradients: they have not been
-        trained."""
+        """Return tuned experts that no token has reached in any pass with gradients: they are untrained."""
         return tuple(e for e, num_rows in zip(self.plan.tuned, self._num_rows, strict=True) if num_rows == 0)
 
     def _run(self, experts: nn.Module, hidden_TD: Tensor, rows: Rows) -> Tensor:
@@ -181,8 +177,8 @@ class Slots(nn.Module):
         return seam.run_stock(experts, weights, hidden_TD, slot_TK.clamp(min=0), weight_TK)
 
     def expert(self, experts: nn.Module, expert: int) -> dict[str, Tensor]:
-        """Return the weights that run for ``expert``, as views if they are stored; a dropped expert is
-        refused."""
+        """Return the weights that run for ``expert``, as views if they are stored; refuse a dropped
+        expert."""
         slot = int(self.lookup_E[expert])
         if slot < 0:
             raise UserError(f"expert {expert} has been dropped: it has no weights")
@@ -279,8 +275,7 @@ def restore_layer(layer: MoeLayer, fused: Mapping[str, Tensor]) -> None:
 
 
 def idle_experts(layers: Iterable[MoeLayer]) -> dict[int, tuple[int, ...]]:
-    """Return tuned experts that no token has reached in training so far, by index of the layers that have
-    any.
+    """Return tuned experts that no token has reached in training so far, by index of their layers.
 
     Such experts get no gradient, and nothing else reports it. Passes in the order ``stock`` are not counted.
     """
@@ -290,8 +285,7 @@ def idle_experts(layers: Iterable[MoeLayer]) -> dict[int, tuple[int, ...]]:
 
 @torch.no_grad()
 def full_weights(layer: MoeLayer) -> dict[str, Tensor]:
-    """Return fused weights (E, ...) in which every expert has the weights that run for it, in the model's
-    dtype.
+    """Return fused weights (E, ...) with the weights that run for each expert now, in the model's dtype.
 
     Members of a merged group are equal copies, and dropped experts are zeros: a stock model with these
     weights gives the same output.
