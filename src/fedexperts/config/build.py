@@ -1,4 +1,4 @@
-"""Tables to settings classes and back, for any frozen dataclass.
+"""Convert tables to settings classes and back, for any frozen dataclass.
 
 A settings class may check itself in ``__post_init__`` without knowing where it stands: it raises
 ``UserError("alpha must be > 0, not -1")``, the field's name first, and :func:`build` puts the file and the

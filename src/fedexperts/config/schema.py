@@ -1,4 +1,4 @@
-"""Settings of one run: sections, each of which lives with the component that it configures."""
+"""Define the settings of one run: sections, each of which lives with the component that it configures."""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""One prompt and its response, and one multiple-choice question."""
+"""Define an example (prompt and response) and a multiple-choice question."""
 
 from dataclasses import dataclass
 

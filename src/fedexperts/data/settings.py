@@ -1,4 +1,4 @@
-"""Settings of the data: source, partition over clients, and splits."""
+"""Define the settings of the data: source, partition over clients, and splits."""
 
 import math
 from dataclasses import dataclass, field

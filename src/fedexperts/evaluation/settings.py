@@ -1,4 +1,4 @@
-"""Settings of the evaluation: scores, amount of data, and frequency."""
+"""Define the settings of the evaluation: scores, amount of data, and frequency."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args

@@ -1,4 +1,5 @@
-"""DeepSeek-MoE 16B, v1 (``model_type`` "deepseek"; Dai et al., 2401.06066) on the experts interface.
+"""Implement DeepSeek-MoE 16B, v1 (``model_type`` "deepseek"; Dai et al., 2401.06066) on the experts
+interface.
 
 Transformers has no class for it, and its authors' code is remote code. It is Llama with fine-grained routed
 experts beside shared ones without a gate, in all layers but the first. Checkpoints are read and written with

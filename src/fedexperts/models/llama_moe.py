@@ -1,4 +1,4 @@
-"""LLaMA-MoE 3.0B and 3.5B (``model_type`` "llama_moe"; Zhu et al., 2406.16554) on the experts interface.
+"""Implement LLaMA-MoE 3.0B and 3.5B ("llama_moe"; Zhu et al., 2406.16554) on the experts interface.
 
 Transformers has no class for it, and its authors' code is remote code. It is Llama-2 with every dense block
 cut into experts, and a router of two layers that adds noise in training, as its authors intended. Checkpoints

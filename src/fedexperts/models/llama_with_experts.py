@@ -1,4 +1,4 @@
-"""Classes that the two ports share: Llama with experts where transformers' own has a dense block."""
+"""Share classes between the two ports: Llama with experts where transformers' own has a dense block."""
 
 from typing import Any, ClassVar
 

@@ -1,4 +1,4 @@
-"""Settings of pretraining; the defaults are those of the shipped model."""
+"""Define the settings of pretraining; the defaults are those of the shipped model."""
 
 from dataclasses import dataclass, fields
 

@@ -1,4 +1,4 @@
-"""The knowledge exam: multiple choice on the facts of the known entities."""
+"""Make the knowledge exam: multiple choice on the facts of the known entities."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""House styles: ways of answering that contradict each other in words, order and frame."""
+"""Answer in house styles, which contradict each other in words, order and frame."""
 
 from dataclasses import dataclass
 from types import MappingProxyType

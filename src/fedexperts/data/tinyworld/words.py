@@ -1,4 +1,4 @@
-"""Words of the world: names, kinds of facts with their values, and word groups."""
+"""List the words of the world: names, kinds of facts with their values, and word groups."""
 
 from dataclasses import dataclass
 

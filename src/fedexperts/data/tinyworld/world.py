@@ -1,4 +1,5 @@
-"""Entities of the world and their facts, the same for every seed; a pretrained model can know them."""
+"""Draw the entities of the world and their facts, the same for every seed; a pretrained model can know
+them."""
 
 from dataclasses import dataclass
 from types import MappingProxyType

@@ -213,7 +213,7 @@ class _Back:
             self._gated = one_expert.gate_expert(experts, self._inner)
 
     def leave(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Go from the gradient of the scaled output to that of the gate's input, and of the scale (R,)."""
+        """Propagate the gradient of the scaled output to the gate's input, and to the scale (R,)."""
         gated = self._gated.detach()
         if one_expert.has_norm(self._experts):
             grad, grad_scale = self._through_norm(grad, gated)
