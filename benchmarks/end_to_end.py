@@ -6,10 +6,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from fedexperts.algorithms.aggregation import current, load_tensors
+
 from benchmarks.setting import bench_config, model_source
 from benchmarks.timing import in_turns, paired_ratio, spread
 from benchmarks.usual_recipe import JobRun, UsualRecipe
-from fedexperts.algorithms.aggregation import current, load_tensors
 from fedexperts.config.schema import RunConfig
 from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.data.batches import IGNORED_LABEL, encode_all

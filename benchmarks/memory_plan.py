@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fedexperts.costs.memory import predict_memory
 
 from benchmarks.tables import Figures, Table
 from fedexperts.costs.dry_run import BatchShape
+from fedexperts.costs.memory import predict_memory
 from fedexperts.data.batches import IGNORED_LABEL, Batch
 from fedexperts.models.adapters import AdapterSettings, add_lora
 from fedexperts.models.tiny import tiny_model

@@ -1,10 +1,10 @@
-"""The expert toolbox on the embedded model: ``python -m examples.experts`` fills docs/experts.md.
+"""Run the expert toolbox on the embedded model and fill docs/experts.md: ``python -m examples.experts``.
 
-Every step calls the library as anybody would; nothing here knows about federation.
+Every step calls the public functions of the library; none uses federation.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from benchmarks.tables import Table, markdown, put_into
 from torch import Tensor
 
+from examples.heat_map import heat_map
 from fedexperts.config.load import build_config
 from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.data.batches import Batch, encode_all, sequential_batches
@@ -25,17 +26,10 @@ from fedexperts.moe.observing.profile import LayerProfile, Profiler, count_token
 from fedexperts.moe.observing.utility import gradient_utility
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.low_bit import LowBitForm
-from fedexperts.report.heatmaps import HeatMap, heat_map
-from fedexperts.report.markup import Markup, element
 from fedexperts.running.workbench import Workbench, open_workbench
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_TUNED, NUM_MERGED, NUM_EXAMPLES, SHOWN_LAYER = 4, 16, 48, 1
-STYLE = """
-text { font: 12px system-ui, sans-serif; fill: #24292f } .axis { font-weight: 600 }
-.cell { fill: #1f6fb2 } .cell.none { fill: none; stroke: #d0d7de }
-.outline { fill: none; stroke: #bc4c00; stroke-width: 2 }
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +42,15 @@ class Scene:
 
     @property
     def model(self) -> Any:
-        """The model in the seat."""
         return self.bench.parts.model
 
     @property
     def layers(self) -> tuple[seam.MoeLayer, ...]:
-        """Its MoE layers."""
         return self.bench.parts.layers
 
 
 def main() -> None:
-    """Make the page."""
+    """Write tables and pictures into the folder named on the command line."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument(
         "--docs", type=Path, default=ROOT / "docs", help="folder with experts.md and images/"
@@ -99,17 +91,23 @@ def _make_page(scene: Scene, docs: Path) -> None:
     tuned = [utility_E.topk(NUM_TUNED).indices.tolist() for utility_E in utility_LE]
     plans = _plans(scene, profiles, tuned, MergeSettings())
     pictures = {
-        "before": _picture("tokens by expert, full model", before, range(len(before[category])), tuned),
+        "before": _picture(
+            "Tokens by expert, full model",
+            before,
+            [str(expert) for expert in range(len(before[category]))],
+            "expert",
+            outlined={(0, expert) for expert in tuned[SHOWN_LAYER]},
+        )
     }
     with merged_layers(scene.layers, plans):
         after = _shares(scene)
     slots = plans[SHOWN_LAYER].slots
     by_slot = {name: _by_slot(shares_E, slots.lookup(), slots.num_slots) for name, shares_E in after.items()}
     names = [f"{expert}" for expert in slots.tuned] + [f"{len(group)} in one" for group in slots.merged]
-    pictures["after"] = _picture("tokens by slot, merged model", by_slot, names, [], column="slot")
+    pictures["after"] = _picture("Tokens by slot, merged model", by_slot, names, "slot")
     (docs / "images").mkdir(exist_ok=True)
     for name, picture in pictures.items():
-        (docs / "images" / f"experts_{name}.svg").write_text(picture + "\n")
+        (docs / "images" / f"experts_{name}.svg").write_text(picture)
     page = docs / "experts.md"
     tables = {
         "profile": _profile_table(profiles, utility_LE),
@@ -124,7 +122,7 @@ def _make_page(scene: Scene, docs: Path) -> None:
 
 
 def _shares(scene: Scene) -> dict[str, Tensor]:
-    """By category the shares of its tokens' choices that each expert of the shown layer gets, (E,)."""
+    """Return by category the shares of its tokens' choices that each expert of the shown layer gets, (E,)."""
     found = {}
     for category, batches in scene.train.items():
         tokens_E = count_tokens(scene.model, batches)[SHOWN_LAYER].double()
@@ -153,30 +151,12 @@ def _plans(
 def _picture(
     title: str,
     shares: Mapping[str, Tensor],
-    columns: Sequence[object],
-    tuned: Sequence[Sequence[int]],
-    *,
-    column: str = "expert",
-) -> Markup:
-    values = tuple(tuple(shares_E.tolist()) for shares_E in shares.values())
-    outlined = frozenset(
-        (row, expert) for row in range(1) for expert in (tuned[SHOWN_LAYER] if tuned else ())
-    )
-    drawn = HeatMap(
-        title=title,
-        row_title="category",
-        column_title=f"{column} of layer {SHOWN_LAYER}",
-        row_names=tuple(shares),
-        column_names=tuple(str(name) for name in columns),
-        values=values,
-        text=lambda value: f"{value:.0%}",
-        outlined=outlined,
-    )
-    inner = heat_map(drawn, low=0.0, high=max(max(row) for row in values), show_text=False)
-    ground = element("rect", width="100%", height="100%", fill="#ffffff")
-    opened, rest = inner.split(">", 1)
-    opened = opened.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"')
-    return Markup(f"{opened}><style>{STYLE}</style>{ground}{rest}")
+    columns: Sequence[str],
+    column: str,
+    outlined: Collection[tuple[int, int]] = (),
+) -> str:
+    rows = {category: shares_E.tolist() for category, shares_E in shares.items()}
+    return heat_map(title, rows, columns, f"{column} of layer {SHOWN_LAYER}", outlined)
 
 
 def _profile_table(profiles: Sequence[LayerProfile], utility_LE: Sequence[Tensor]) -> Table:

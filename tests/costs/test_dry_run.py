@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.memory_plan import CASES, RETURNING, in_new_process
-from fedexperts.costs.memory import memory_before_activations, predict_memory
 from torch import Tensor
 
 from fedexperts.costs.dry_run import BatchShape, Meter, peak_of_local_steps
+from fedexperts.costs.memory import memory_before_activations, predict_memory
 from fedexperts.data.batches import IGNORED_LABEL, Batch
 from fedexperts.models.adapters import AdapterSettings, add_lora
 from fedexperts.models.tiny import FAMILIES, tiny_model

@@ -9,11 +9,11 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from fedexperts.costs.memory import predict_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedexperts.cli import main
+from fedexperts.costs.memory import predict_memory
 from fedexperts.errors import UserError
 from fedexperts.models.adapters import AdapterSettings, add_lora
 from fedexperts.models.shapes import SHAPES, find_shape

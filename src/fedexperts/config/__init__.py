@@ -1,1 +1,1 @@
-"""From TOML and ``key=value`` to the settings of a run."""
+"""Read TOML files and ``key=value`` into the settings of a run."""

@@ -1,4 +1,4 @@
-"""Tables to settings classes and back, for any frozen dataclass.
+"""Convert tables to settings classes and back, for any frozen dataclass.
 
 A settings class may check itself in ``__post_init__`` without knowing where it stands: it raises
 ``UserError("alpha must be > 0, not -1")``, the field's name first, and :func:`build` puts the file and the
@@ -26,7 +26,7 @@ the section's other keys are that class's fields."""
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a table came from, for messages."""
+    """Origin of a table, for messages."""
 
     file: str
     """Path of the file as the user wrote it."""
@@ -36,13 +36,13 @@ class Source:
     """Every full key there is, to suggest from."""
 
     def error(self, key: str, problem: str) -> UserError:
-        """An error about ``key``, e.g. ``flex.toml: training.lr must be a finite number, not "fast"``."""
+        """Return an error about ``key``: ``flex.toml: training.lr must be a finite number, not "fast"``."""
         is_override = any(full == key or full.startswith(f"{key}.") for full in self.overrides)
         return UserError(f"{'command line' if is_override else self.file}: {key} {problem}")
 
 
 def build(cls: type[Settings], table: Mapping[str, Any], source: Source, prefix: str = "") -> Settings:
-    """An instance of ``cls`` from a table; UserError for whatever the class does not take."""
+    """Build an instance of ``cls`` from a table; raise UserError for whatever the class does not take."""
     hints, by_name, values = typing.get_type_hints(cls), _fields(cls), {}
     for key in table:
         if key not in by_name:
@@ -61,7 +61,7 @@ def build(cls: type[Settings], table: Mapping[str, Any], source: Source, prefix:
 
 
 def to_table(settings: Any) -> Table:
-    """The table that :func:`build` makes an equal instance from; None, which TOML lacks, is left out."""
+    """Return the table that :func:`build` makes an equal instance from, without None, which TOML lacks."""
     table: Table = {}
     for name, item in _fields(type(settings)).items():
         value = getattr(settings, name)
@@ -76,7 +76,7 @@ def to_table(settings: Any) -> Table:
 
 
 def all_keys(cls: type, prefix: str = "") -> Iterator[str]:
-    """Every full key a table for ``cls`` may have."""
+    """Return every full key that a table for ``cls`` may have."""
     hints = typing.get_type_hints(cls)
     for name, item in _fields(cls).items():
         if CLASSES in item.metadata:
@@ -90,17 +90,17 @@ def all_keys(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 def is_required(item: Field[Any]) -> bool:
-    """Whether a field has no default."""
+    """Return whether a field has no default."""
     return item.default is MISSING and item.default_factory is MISSING
 
 
 def default_of(item: Field[Any]) -> Any:
-    """The default of a field that has one."""
+    """Return the default of a field that has one."""
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def describe(hint: Any) -> str:
-    """A type in words, e.g. ``a whole number`` or ``"iid" or "natural"``."""
+    """Describe a type in words, e.g. ``a whole number`` or ``"iid" or "natural"``."""
     arguments = typing.get_args(hint)
     if _is_union(hint):
         return " or ".join(describe(member) for member in arguments if member is not type(None))
@@ -114,7 +114,7 @@ def describe(hint: Any) -> str:
 
 
 def any_of(values: Sequence[Any]) -> str:
-    """``"a" or "b"``, from three on ``one of "a", "b", "c"``."""
+    """Join alternatives as ``"a" or "b"``, from three on as ``one of "a", "b", "c"``."""
     texts = list(map(render_value, values))
     return " or ".join(texts) if len(texts) < 3 else f"one of {', '.join(texts)}"
 
@@ -124,7 +124,7 @@ def _fields(cls: Any) -> dict[str, Field[Any]]:
 
 
 def _placed(message: str, names: Collection[str], source: Source, prefix: str) -> UserError:
-    """An error of a settings class about itself, with the place in front."""
+    """Return an error of a settings class about itself, with the place in front."""
     first, _, problem = message.partition(" ")
     name = first.removeprefix(prefix)
     if name.partition(".")[0] in names:
@@ -158,13 +158,13 @@ def _build_field(item: Field[Any], hint: Any, value: Any, source: Source, key: s
 
 
 _NO = object()
-"""What :func:`_match` gives for a value that does not fit; None is a value."""
+"""Result of :func:`_match` for a value that does not fit; None is a value."""
 
 
 def _convert(hint: Any, value: Any, source: Source, key: str) -> Any:
     result = _match(hint, value)
     if result is _NO and key in source.overrides:
-        # The command line has no quotes left: 2024 is a fine revision.
+        # The shell has removed the quotes: 2024 may be a text, such as a revision.
         result = _match(hint, source.overrides[key])
     if result is _NO:
         near = _nearest(str(value), list(_texts_allowed(hint)))
@@ -173,7 +173,7 @@ def _convert(hint: Any, value: Any, source: Source, key: str) -> Any:
 
 
 def _match(hint: Any, value: Any) -> Any:
-    """``value`` as ``hint`` has it, or ``_NO``; never a guess such as 3.0 or true for a whole number."""
+    """Return ``value`` as ``hint`` has it, or ``_NO``; 3.0 or true is never taken for a whole number."""
     arguments = typing.get_args(hint)
     if _is_union(hint):
         results = (_match(member, value) for member in arguments if member is not type(None))
@@ -208,7 +208,7 @@ def _nearest(word: str, allowed: Collection[str]) -> str:
 
 
 def _suggestion(prefix: str, key: str, siblings: Collection[str], source: Source) -> str:
-    """The nearest name in the same section, else in any by its last word, else all that are allowed."""
+    """Suggest the nearest name in the same section, else keys with that last word, else all allowed."""
     near = difflib.get_close_matches(key, siblings, n=1)
     if near:
         return f"; did you mean {prefix}{near[0]}?"

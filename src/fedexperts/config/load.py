@@ -1,4 +1,4 @@
-"""An experiment file and ``key=value`` overrides to a RunConfig; a RunConfig to TOML, hash and difference."""
+"""Read an experiment file and ``key=value`` overrides; write a RunConfig as TOML, hash and difference."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ Settings = TypeVar("Settings")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration in a TOML file, with ``training.lr=3e-3`` and the like in place of the file's values.
+    """Load the configuration in a TOML file; overrides such as ``training.lr=3e-3`` replace its values.
 
     Raises:
         UserError: one sentence with the file (or "command line"), the key, its value and what is allowed.
@@ -36,14 +36,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def build_config(table: Mapping[str, Any], file: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration in a table that came from ``file``; see :func:`load_config`."""
+    """Build the configuration from a table that came from ``file``; see :func:`load_config`."""
     return build_settings(RunConfig, table, file, overrides)
 
 
 def build_settings(
     cls: type[Settings], table: Mapping[str, Any], file: str, overrides: Sequence[str] = ()
 ) -> Settings:
-    """The same for any settings class."""
+    """Build any settings class in the same way."""
     texts = split_overrides(overrides)
     source = Source(file=file, overrides=texts, known_keys=tuple(build.all_keys(cls)))
     values = {key: parse_value(text) for key, text in texts.items()}
@@ -51,32 +51,32 @@ def build_settings(
 
 
 def to_table(config: RunConfig) -> dict[str, Any]:
-    """The resolved configuration, every key with its value, as plain nested data."""
+    """Return the resolved configuration, every key with its value, as plain nested data."""
     return build.to_table(config)
 
 
 def resolved_toml(config: RunConfig) -> str:
-    """The text of an experiment file that loads as an equal configuration."""
+    """Return the text of an experiment file that loads as an equal configuration."""
     return render_toml(to_table(config))
 
 
 def config_sha256(config: RunConfig) -> str:
-    """Hash of the resolved configuration."""
+    """Hash the resolved configuration."""
     return settings_sha256(to_table(config))
 
 
 def settings_sha256(settings: Mapping[str, Any]) -> str:
-    """Hash of a resolved configuration read back as plain data, such as ``settings`` in result.json."""
+    """Hash a resolved configuration read back as plain data, such as ``settings`` in result.json."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def difference(old: RunConfig, new: RunConfig) -> list[str]:
-    """What changed from ``old`` to ``new``, e.g. ``training.lr: 0.003 -> 0.01``, in the order of keys."""
+    """Describe the changes from ``old`` to ``new`` in the order of keys: ``training.lr: 0.003 -> 0.01``."""
     return table_difference(to_table(old), to_table(new))
 
 
 def table_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed between two tables, in the order of keys."""
+    """Describe what changed between two tables, in the order of keys."""
     before, after = flattened(old), flattened(new)
     return [
         describe_change(key, before, after)

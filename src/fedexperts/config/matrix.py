@@ -1,4 +1,4 @@
-"""A suite file to its list of runs: the product of ``[matrix]``'s lists, times the ``[[variant]]`` s."""
+"""Expand a suite file into its runs: the product of ``[matrix]``'s lists, times each ``[[variant]]``."""
 
 import itertools
 import re
@@ -52,7 +52,7 @@ class PlannedRun:
     group: str
     """The name without the seed: runs of one group share what the search chose."""
     values: Mapping[str, Any]
-    """What it sets over the base, by full key."""
+    """Values that it sets over the base, by full key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +62,9 @@ class Suite:
     name: str
     file: str
     base: Table
-    """What all runs share."""
+    """Settings that all runs share."""
     overrides: tuple[str, ...]
-    """What the command line sets over the base."""
+    """Values that the command line sets over the base."""
     resolved: Table
     """The suite as a self-contained table, base and overrides written out."""
     runs: tuple[PlannedRun, ...]
@@ -73,12 +73,12 @@ class Suite:
     """The search's choices, each by full key; empty without a search."""
 
     def config(self, name: str, values: Mapping[str, Any]) -> RunConfig:
-        """The configuration of the run ``name`` that sets ``values`` over the base."""
+        """Return the configuration of the run ``name`` that sets ``values`` over the base."""
         return build_config(overridden(self.base, values), f"{self.file}, run {name}", self.overrides)
 
 
 def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:
-    """The suite in a TOML file, ``overrides`` laid over its base; every configuration in it is valid.
+    """Load the suite in a TOML file, with ``overrides`` over its base, and check every configuration in it.
 
     Raises:
         UserError: one sentence with the file, the key and what is allowed.
@@ -116,7 +116,7 @@ def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:
 
 
 def varied_label(values: Mapping[str, Any]) -> str:
-    """Values as part of a run's name, e.g. ``lr-0.003``; an algorithm's name stands alone."""
+    """Write values as part of a run's name, e.g. ``lr-0.003``; an algorithm's name stands alone."""
     lasts = [_short(key) for key in values]
     parts = []
     for key, value in values.items():
@@ -133,7 +133,7 @@ def _short(key: str) -> str:
 
 
 def _settings(values: Any, where: str) -> Table:
-    """What ``[set]`` lays over the base, by full key."""
+    """Return the values that ``[set]`` puts over the base, by full key."""
     if not isinstance(values, Mapping):
         raise UserError(f"{where} must be a table of settings by full key, not {render_value(values)}")
     return flattened(values)
@@ -205,7 +205,7 @@ def _refuse_double(
     below: Mapping[str, str],
     file: str,
 ) -> None:
-    """What runs differ in is set in one place, or one of the two settings would have no effect.
+    """Refuse a key that is set in two places, because one of the two settings would have no effect.
 
     ``below`` gives the keys that all runs share, with the place where they are set.
     """
@@ -247,9 +247,9 @@ def _validate(suite: Suite) -> None:
 
 
 def suite_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed between two resolved suites, but for values and variants that were only added.
+    """Describe what changed between two resolved suites, apart from values and variants that were only added.
 
-    More seeds or a further variant leave the runs that are there as they are.
+    More seeds or another variant do not change the runs that exist.
     """
     before, after = _facts(old), _facts(new)
     added = [key for key in after if key not in before and not key.startswith("variant.")]

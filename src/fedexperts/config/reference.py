@@ -1,7 +1,7 @@
-"""``python -m fedexperts.config.reference``: the tables of docs/configuration.md, from the settings' source.
+"""Write the tables of docs/configuration.md: ``python -m fedexperts.config.reference``.
 
-Every field of a settings class is followed by one sentence as a string; Python forgets it, so it is read from
-the class's source.
+Every field of a settings class is followed by a string with one sentence. Python does not keep that string,
+so it is read from the class's source.
 """
 
 import ast
@@ -31,14 +31,14 @@ def main(page: Path) -> None:
 
 
 def with_reference(text: str) -> str:
-    """``text`` with everything after the marker made anew."""
+    """Return ``text`` with everything after the marker regenerated."""
     head, marker, _ = text.partition(START)
     assert marker, f"the page has no line {START}"
     return f"{head}{START}\n\n{reference()}"
 
 
 def reference() -> str:
-    """All sections of an experiment file, a suite's search, and the keys of pretraining, as Markdown."""
+    """Return all sections of an experiment file, a suite's search, and pretraining's keys, as Markdown."""
     sections = [
         *_sections(RunConfig, ""),
         *_sections(SearchSettings, "search", "`[search]` of a suite"),
@@ -48,7 +48,7 @@ def reference() -> str:
 
 
 def _sections(cls: type, key: str, title: str = "") -> Iterator[str]:
-    """The section of ``cls``, then those inside it."""
+    """Yield the section of ``cls``, then those inside it."""
     hints, sentences = typing.get_type_hints(cls), field_sentences(cls)
     plain: list[dataclasses.Field[Any]] = []
     inner: list[dataclasses.Field[Any]] = []
@@ -80,7 +80,7 @@ def _chosen(cls: type, key: str, name: str) -> Iterator[str]:
 
 
 def _summary(cls: type) -> str:
-    """The class's first sentence without what the heading says already."""
+    """Return the class's first sentence without what the heading says already."""
     text = _one_line((inspect.getdoc(cls) or "").partition("\n\n")[0])
     text = re.sub(r"^(Section|The) `\[[a-z.]+\]`( section)?[.:]? *", "", text)
     return text[:1].upper() + text[1:]
@@ -97,7 +97,8 @@ def _row(key: str, item: dataclasses.Field[Any], hint: Any, sentences: dict[str,
 
 
 def field_sentences(cls: type) -> dict[str, str]:
-    """The string under each field of a dataclass, inherited ones too, as one line with single backquotes."""
+    """Return the string under each field of a dataclass, also inherited, in one line with single
+    backquotes."""
     sentences = {}
     for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]

@@ -1,4 +1,4 @@
-"""The settings of one run: its sections, each of which lives with the component it is handed to."""
+"""Define the settings of one run: sections, each of which lives with the component that it configures."""
 
 from dataclasses import dataclass, field
 
@@ -17,12 +17,12 @@ from fedexperts.training.settings import TrainingSettings
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One resolved configuration; the configuration of every run, and the only record of what ran."""
+    """One resolved configuration: the only record of what ran."""
 
     seed: int = 0
     """Seed of everything random in the run: partition, cohorts, batches, LoRA's start, dropout."""
     rounds: int = 10
-    """Exchanges with a cohort."""
+    """Number of rounds; each is one exchange with a cohort."""
     threads: int = 2
     """Threads torch uses for one operation; another number may change the last bits of a result."""
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -30,17 +30,17 @@ class RunConfig:
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     """LoRA on non-expert parameters."""
     data: DataSettings = field(default_factory=DataSettings)
-    """Examples, and how they come to clients."""
+    """Source of the examples, and their partition over clients."""
     cohort: CohortSettings = field(default_factory=CohortSettings)
-    """Who takes part in a round."""
+    """Clients that take part in a round."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
     """Local steps."""
     algorithm: Algorithm = field(metadata={CLASSES: ALGORITHMS})
     """The federated algorithm: `name` says which, the other keys are its own."""
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    """What is measured and when."""
+    """Scores to compute, and when."""
     transport: TransportSettings = field(default_factory=TransportSettings)
-    """What carries downloads and uploads."""
+    """Transport for downloads and uploads."""
 
     def __post_init__(self) -> None:
         """Refuse numbers outside their range."""

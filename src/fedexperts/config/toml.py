@@ -1,4 +1,4 @@
-"""TOML files and ``key=value`` overrides as tables, and values as TOML."""
+"""Read TOML files and ``key=value`` overrides as tables, and write values as TOML."""
 
 import json
 import tomllib
@@ -14,7 +14,7 @@ Table = dict[str, Any]
 
 
 def read_toml(path: Path) -> Table:
-    """The table in a TOML file; UserError where there is none, with the line for a mistake in its grammar."""
+    """Read the table in a TOML file; raise UserError if it is missing, with the line for a syntax error."""
     try:
         return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError as error:
@@ -30,12 +30,12 @@ def read_toml(path: Path) -> Table:
 
 
 def render_toml(table: Mapping[str, Any]) -> str:
-    """A table as the text of a TOML file."""
+    """Render a table as the text of a TOML file."""
     return tomli_w.dumps(table)
 
 
 def render_value(value: Any) -> str:
-    """One value on one line, as TOML writes it."""
+    """Render one value on one line, as TOML writes it."""
     if isinstance(value, bool | str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list | tuple):
@@ -46,7 +46,7 @@ def render_value(value: Any) -> str:
 
 
 def split_overrides(overrides: Sequence[str]) -> dict[str, str]:
-    """Full key to the text after ``=``; of a key given twice the last counts."""
+    """Split overrides into full key and the text after ``=``; the last one wins if a key is given twice."""
     texts = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -57,7 +57,7 @@ def split_overrides(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def parse_value(text: str) -> Any:
-    """A value as TOML reads it; what is no TOML, such as a bare word or a path, is a text."""
+    """Parse a value as TOML; anything that is not TOML, such as a bare word or a path, is a text."""
     try:
         table = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -66,7 +66,7 @@ def parse_value(text: str) -> Any:
 
 
 def overridden(table: Mapping[str, Any], values: Mapping[str, Any]) -> Table:
-    """A copy of ``table`` with ``values`` set, by full dotted key."""
+    """Return a copy of ``table`` with ``values`` set, by full dotted key."""
     result = dict(table)
     for key, value in values.items():
         *sections, last = key.split(".")
@@ -85,7 +85,7 @@ def overridden(table: Mapping[str, Any], values: Mapping[str, Any]) -> Table:
 
 
 def merged(table: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
-    """A copy of ``table`` with the values of ``over`` in place of its own, section by section."""
+    """Return a copy of ``table`` with the values of ``over`` in place of its own, section by section."""
     result = dict(table)
     for key, value in over.items():
         below = result.get(key)
@@ -96,7 +96,7 @@ def merged(table: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
 
 
 def flattened(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by full dotted key; an empty table has none."""
+    """Return values by full dotted key; an empty table has none."""
     return dict(_leaves(table, prefix))
 
 
@@ -109,6 +109,6 @@ def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def describe_change(key: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """E.g. ``training.lr: 0.003 -> 0.01``; ``(none)`` where a side lacks the key."""
+    """Describe a change, e.g. ``training.lr: 0.003 -> 0.01``; ``(none)`` where a side lacks the key."""
     old, new = (render_value(side[key]) if key in side else "(none)" for side in (before, after))
     return f"{key}: {old} -> {new}"

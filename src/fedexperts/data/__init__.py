@@ -1,1 +1,1 @@
-"""Examples, and how they come to clients."""
+"""Load examples, partition them over clients, and batch them."""

@@ -1,4 +1,4 @@
-"""Encoded examples to padded batches, of examples of like length.
+"""Pad encoded examples into batches of similar length.
 
 Shapes: B examples of a batch, T tokens of its longest.
 """
@@ -21,7 +21,7 @@ IGNORED_LABEL: Final = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Right-padded token ids and what is learnt of them; padding is told by length, never by a token's id."""
+    """Right-padded token ids and labels; padding is known by length, never by a token's id."""
 
     input_ids: Tensor
     """Token ids, int64 [B, T]."""
@@ -33,7 +33,7 @@ class Batch:
     num_labels: int
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on ``device``."""
+        """Return the same batch with its tensors on ``device``."""
         return Batch(
             input_ids=self.input_ids.to(device),
             attention_mask=self.attention_mask.to(device),
@@ -45,12 +45,12 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchCounts:
-    """What encoding made of some examples; counts of several can be added."""
+    """Counts of what encoding did to some examples; counts can be added."""
 
     num_examples: int = 0
     """Examples given, those left out included."""
     num_truncated: int = 0
-    """Examples of which something was cut."""
+    """Examples that were cut."""
     num_without_label: int = 0
     """Examples left out, because the prompt alone fills `data.max_tokens`."""
     num_tokens: int = 0
@@ -59,7 +59,6 @@ class BatchCounts:
     """Tokens of these that are learnt."""
 
     def __add__(self, other: "BatchCounts") -> "BatchCounts":
-        """The counts of both together."""
         return BatchCounts(
             **{
                 name: getattr(self, name) + getattr(other, name)
@@ -69,7 +68,7 @@ class BatchCounts:
 
 
 def encode_all(format: PromptFormat, examples: Sequence[Example]) -> tuple[list[Encoded], BatchCounts]:
-    """The examples as token ids, in their order; those without any label are left out and counted."""
+    """Encode the examples in their order; leave out and count those without any label."""
     encoded = format.encode_examples(examples)
     kept = [each for each in encoded if each.num_labels > 0]
     counts = BatchCounts(
@@ -91,11 +90,11 @@ def draw_batches(
     pad_token_id: int,
     multiple_of: int = 1,
 ) -> list[Batch]:
-    """``num_batches`` full batches of examples drawn without replacement, those of like length together.
+    """Draw ``num_batches`` full batches without replacement; examples of similar length share a batch.
 
-    Where more are asked for than there are, all are drawn once, then again in a new order. What is drawn is
-    sorted by length, cut into batches, and the batches are shuffled, so that little is padded and the order
-    tells nothing. ``multiple_of`` rounds the length of a batch up.
+    If more are asked for than there are, all are drawn once, then again in a new order. Drawn examples are
+    sorted by length and cut into batches, which keeps padding low; the batches are then shuffled, so that
+    their order does not depend on length. ``multiple_of`` rounds the length of a batch up.
     """
     if not encoded:
         raise UserError("There is no example with a label to train on; data.max_tokens may be too small.")
@@ -112,14 +111,14 @@ def draw_batches(
 def sequential_batches(
     encoded: Sequence[Encoded], *, batch_size: int, pad_token_id: int, multiple_of: int = 1
 ) -> Iterator[Batch]:
-    """Every example once, the shortest first; the last batch may be smaller."""
+    """Yield every example once, the shortest first; the last batch may be smaller."""
     by_length = sorted(encoded, key=lambda each: len(each.input_ids))
     for start in range(0, len(by_length), batch_size):
         yield make_batch(by_length[start : start + batch_size], pad_token_id, multiple_of=multiple_of)
 
 
 def make_batch(encoded: Sequence[Encoded], pad_token_id: int, *, multiple_of: int = 1) -> Batch:
-    """One batch, padded on the right to the longest, and on to a multiple of ``multiple_of``."""
+    """Make one batch, padded on the right to the longest, and on to a multiple of ``multiple_of``."""
     num_labels = sum(each.num_labels for each in encoded)
     if num_labels == 0:
         raise UserError(f"A batch with no label ({len(encoded)} examples); data.max_tokens may be too small.")

@@ -1,4 +1,4 @@
-"""One prompt and its response, and one multiple-choice question."""
+"""Define an example (prompt and response) and a multiple-choice question."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Example:
     client: str = ""
     """The client or domain a natural partition goes by; empty where the source has none."""
     source_id: str = ""
-    """Where the example came from (file and line, or generator and index); equal only for the same record."""
+    """Origin of the example (file and line, or generator and index); equal only for the same record."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The data of all clients: read once, divided, split, and kept on disk until a client's turn comes."""
+"""Read all clients' data once, partition and split it, and keep it on disk until a client's turn."""
 
 import logging
 import random
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DataCounts:
-    """What became of every record of the source."""
+    """Counts of what became of every record of the source."""
 
     source: PoolCounts
     """Left out before the partition."""
@@ -38,7 +38,7 @@ class DataCounts:
     """Examples that the clients have."""
 
     def left_out(self) -> str:
-        """What was read and is not used, by reason; empty if nothing."""
+        """Describe records that were read and are not used, by reason; empty if there are none."""
         reasons = {
             "of other labels": self.source.num_other_label,
             "without response": self.source.num_empty,
@@ -53,18 +53,18 @@ class DataCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientData:
-    """What is known of one client's examples without reading them."""
+    """Facts about one client that do not require reading its examples."""
 
     client_id: str
     name: str
-    """What the source calls the client, or the style of its answers in tinyworld; empty where there is
+    """Name of the client in the source, or the style of its answers in tinyworld; empty where there is
     neither."""
     sizes: dict[Split, int]
     """Examples in each split."""
     labels: dict[str, int]
     """Examples of each label, all splits together; without zeros."""
     bounds: dict[Split, tuple[int, int]]
-    """Where each split begins and ends in the spool, in bytes."""
+    """Start and end of each split in the spool, in bytes."""
 
 
 class FederatedData:
@@ -89,22 +89,22 @@ class FederatedData:
         self.label_names = tuple(name for name in label_names if any(name in each.labels for each in clients))
         """The labels that occur, in the order of `data.labels`, of tinyworld's categories, or by name."""
         self.counts = counts
-        """What became of every record of the source."""
+        """Counts of what became of every record of the source."""
 
     def client(self, client_id: str) -> ClientData:
-        """Name, sizes and labels of one client."""
+        """Return name, sizes and labels of one client."""
         return self._clients[client_id]
 
     def examples(self, client_id: str, split: Split) -> list[Example]:
-        """The examples of one split of a client, in an order that is the same in every process."""
+        """Return the examples of one split of a client, in an order that is the same in every process."""
         return self._spool.read(*self._clients[client_id].bounds[split])
 
     def num_examples(self, client_id: str, split: Split) -> int:
-        """How many examples one split of a client has."""
+        """Return the number of examples in one split of a client."""
         return self._clients[client_id].sizes[split]
 
     def label_counts(self) -> dict[str, dict[str, int]]:
-        """For each client how many examples of each label it has, all splits together; without zeros."""
+        """Return for each client the number of examples of each label, all splits together, without zeros."""
         return {client_id: dict(client.labels) for client_id, client in self._clients.items()}
 
     def client_names(self) -> dict[str, str]:
@@ -112,7 +112,7 @@ class FederatedData:
         return {client_id: client.name for client_id, client in self._clients.items()}
 
     def only(self, client_ids: Collection[str]) -> "FederatedData":
-        """A view of these clients alone, over the same spool; whoever holds it cannot reach the others."""
+        """Return a view of these clients alone, over the same spool; its holder cannot reach the others."""
         clients = [client for name, client in self._clients.items() if name in client_ids]
         return FederatedData(self._spool, clients, self.counts, label_names=self.label_names)
 
@@ -121,18 +121,16 @@ class FederatedData:
         self._spool.close()
 
     def __enter__(self) -> Self:
-        """Close at the end of the block."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close."""
         self.close()
 
 
 def no_data() -> FederatedData:
-    """No client at all: what a server over a network has."""
+    """Return data with no client: all that a server over a network has."""
     source = PoolCounts(num_read=0, num_other_label=0, num_empty=0, num_duplicates=0, num_over_limit=0)
     counts = DataCounts(source=source, num_without_client=0, num_over_client_limit=0, num_moved=0, num_used=0)
     return FederatedData(ExampleSpool(), (), counts, label_names=())
@@ -141,10 +139,10 @@ def no_data() -> FederatedData:
 def load_federated_data(settings: DataSettings, seed: int) -> FederatedData:
     """Read the source, give each client its examples, split them, and leave all of it on disk.
 
-    The split is made before anything else sees the examples. Equal arguments (and an unchanged source) give
+    The split is made before anything else uses the examples. Equal arguments (and an unchanged source) give
     equal examples in equal order in every process. No example is in two splits or with two clients, and of
-    records with the same prompt and response only the first is kept. A :class:`UserError` says what the user
-    can mend.
+    records with the same prompt and response only the first is kept. A mistake that the user can fix raises
+    :class:`UserError`.
     """
     pool = _read_pool(settings, seed)
     partition = partition_examples(
@@ -182,7 +180,7 @@ def _write_client(
     """Split the examples of the client at ``position`` and append them to ``spool``."""
     client_id = f"client-{position:03d}"
     number = partition.clients[position] if partition.clients else position
-    name, dressed = _identity(pool, settings, number)
+    name, restyled = _identity(pool, settings, number)
     indices = _limit(partition.indices[position], settings, derive_random(seed, "client limit", client_id))
     splits = split_examples(
         [int(pool.prompts_N[index]) for index in indices],
@@ -194,7 +192,7 @@ def _write_client(
     bounds: dict[Split, tuple[int, int]] = {}
     for split in SPLITS:
         start = spool.size_bytes
-        for example in (dressed(pool.read(indices[place])) for place in splits[split]):
+        for example in (restyled(pool.read(indices[place])) for place in splits[split]):
             spool.append(example)
             labels[example.label] += 1
         bounds[split] = (start, spool.size_bytes)
@@ -208,7 +206,7 @@ def _write_client(
 
 
 def _identity(pool: Pool, settings: DataSettings, number: int) -> tuple[str, Callable[[Example], Example]]:
-    """The name of client ``number`` of the source, and what is done to its examples."""
+    """Return the name of client ``number`` of the source, and the function that rewrites its examples."""
     is_natural = settings.partition.kind == "natural"
     if settings.source != TINYWORLD:
         return pool.client_names[number] if is_natural else "", lambda example: example

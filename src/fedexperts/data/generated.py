@@ -1,4 +1,4 @@
-"""The generated world as a source: which of its examples are used, and who answers in which style."""
+"""Use the generated world as a source: choose its examples and each client's style."""
 
 import math
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from fedexperts.errors import UserError
 
 
 def tinyworld_categories(settings: DataSettings) -> tuple[str, ...]:
-    """The categories that ``data.labels`` keeps, in its order; all where it is empty."""
+    """Return the categories that ``data.labels`` keeps, in its order; all where it is empty."""
     for label in settings.labels:
         if label not in CATEGORIES:
             raise UserError(
@@ -21,12 +21,12 @@ def tinyworld_categories(settings: DataSettings) -> tuple[str, ...]:
 
 
 def tinyworld_num_clients(settings: DataSettings) -> int:
-    """The number of clients; one for each category where the setting is 0."""
+    """Return the number of clients; one for each category where the setting is 0."""
     return settings.partition.num_clients or len(tinyworld_categories(settings))
 
 
 def tinyworld_style(settings: DataSettings, client: int) -> str:
-    """The style of client number ``client``: of two clients with the same category, different ones.
+    """Return the style of client number ``client``; two clients with the same category get different styles.
 
     Client i has style i; from one pass over the categories to the next the styles move on by one.
     """
@@ -37,11 +37,11 @@ def tinyworld_style(settings: DataSettings, client: int) -> str:
 
 
 def generate_tinyworld(settings: DataSettings, seed: int) -> Iterator[Example]:
-    """The examples of all clients, their prompts all different.
+    """Yield the examples of all clients; all prompts are different.
 
-    For a natural partition client i gets category i (from the first again when they are used up), in its
-    style, and its number stands in ``Example.client``. For the others as many examples take the categories in
-    turn, in the neutral style, because whose they are is not yet known.
+    For a natural partition client i gets category i (from the first again when all are used), in its style,
+    and ``Example.client`` holds its number. For other partitions the same number of examples cycles through
+    the categories in the neutral style, because their clients are not known yet.
     """
     categories = tinyworld_categories(settings)
     _require_enough_prompts(categories, settings)

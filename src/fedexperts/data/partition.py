@@ -1,8 +1,7 @@
-"""Examples to clients: natural, in equal parts, a few labels each, or Dirichlet shares of each label.
+"""Partition examples over clients: natural, in equal parts, a few labels each, or Dirichlet shares.
 
-Every function takes what it needs of the examples (their number, labels or clients as integer codes) and
-gives for each client the indices of its examples, ascending. No index is given twice. C clients, N examples,
-L labels.
+Every function takes the number, labels or clients of the examples as integer codes, and returns for each
+client the ascending indices of its examples. No index occurs twice. C clients, N examples, L labels.
 """
 
 import heapq
@@ -26,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """The outcome: whose example is which."""
+    """Result of a partition: the examples of each client."""
 
     indices: tuple[tuple[int, ...], ...]
     """For each client the indices of its examples, ascending."""
@@ -44,7 +43,7 @@ def partition_examples(
     label_names: Sequence[str],
     rng: random.Random,
 ) -> Partition:
-    """The partition that ``settings`` describe; a :class:`UserError` where the examples do not allow it."""
+    """Partition examples as ``settings`` describe; raise UserError where the examples do not allow it."""
     num_examples, num_clients = len(labels_N), settings.num_clients
     if settings.kind == "natural":
         partition = partition_natural(clients_N, num_clients=num_clients, min_examples=settings.min_examples)
@@ -75,14 +74,14 @@ def partition_examples(
 
 
 def partition_iid(num_examples: int, *, num_clients: int, rng: random.Random) -> Partition:
-    """A shuffled deal in equal parts; sizes differ by one at most."""
+    """Deal shuffled examples in equal parts; sizes differ by one at most."""
     order = list(range(num_examples))
     rng.shuffle(order)
     return Partition(indices=tuple(tuple(sorted(order[first::num_clients])) for first in range(num_clients)))
 
 
 def partition_natural(clients_N: Codes, *, num_clients: int, min_examples: int) -> Partition:
-    """One client for each code, in the order of codes; the largest where ``num_clients`` asks for fewer.
+    """Make one client for each code, in the order of codes; keep the largest if ``num_clients`` is not 0.
 
     Clients with fewer than ``min_examples`` are left out and logged. Of clients of equal size the one whose
     code comes first is kept.
@@ -112,10 +111,10 @@ def partition_pathological(
     label_names: Sequence[str],
     rng: random.Random,
 ) -> Partition:
-    """``labels_per_client`` labels for each client; a label's examples are divided among those who hold it.
+    """Give each client ``labels_per_client`` labels; divide a label's examples among its clients.
 
-    With one label each and no more clients than labels, client i holds label i. Labels that no client was
-    dealt are logged; their examples belong to nobody.
+    With one label each and no more clients than labels, client i has label i. Labels of no client are logged;
+    their examples are not used.
     """
     num_labels = len(label_names)
     if labels_per_client > num_labels:
@@ -144,10 +143,9 @@ def partition_pathological(
 def deal_labels(
     num_labels: int, num_clients: int, labels_per_client: int, rng: random.Random
 ) -> list[list[int]]:
-    """The labels of each client, [C][labels_per_client], dealt from decks that hold each label once.
+    """Deal labels to clients, [C][labels_per_client], from decks that hold each label once.
 
-    The first deck lies in order, later ones are shuffled; a client takes the first card that it does not
-    hold.
+    The first deck is in order, later ones are shuffled; a client takes the first card that it does not have.
     """
     deck = list(range(num_labels))
     hands: list[list[int]] = []
@@ -167,13 +165,12 @@ def deal_labels(
 def partition_dirichlet(
     labels_N: Codes, *, num_clients: int, alpha: float, min_examples: int, rng: random.Random
 ) -> Partition:
-    """Each label divided among the clients by shares drawn from a symmetric Dirichlet distribution.
+    """Divide each label among the clients by shares drawn from a symmetric Dirichlet distribution.
 
-    After Yurochkin et al., ICML 2019, arXiv 1905.12022: disjoint and without replacement, so that every
-    example is used once and clients differ in size too. Where a client is left with fewer than
-    ``min_examples``, the largest client gives it one of the label it has most of, until all have enough:
-    drawing again until the draw is good, as there, would favour even draws and does not end for small α and
-    many clients.
+    After Yurochkin et al., ICML 2019, arXiv 1905.12022: disjoint and without replacement, so every example is
+    used once and clients differ in size too. While a client has fewer than ``min_examples``, the largest
+    client gives it an example of its most frequent label. Drawing again until the draw is good, as that paper
+    does, would favour even draws and does not end for small α and many clients.
     """
     indices: list[list[int]] = [[] for _ in range(num_clients)]
     for label in np.unique(labels_N):
@@ -188,10 +185,10 @@ def partition_dirichlet(
 
 
 def dirichlet_shares(alpha: float, size: int, rng: random.Random) -> list[float]:
-    """One draw of ``size`` shares that sum to 1 from the symmetric Dirichlet distribution.
+    """Draw ``size`` shares that sum to 1 from the symmetric Dirichlet distribution.
 
-    Through logarithms of gamma variates, Gamma(α) = Gamma(α + 1) · U^(1/α), which do not underflow for small
-    α.
+    Computed through logarithms of gamma variates, Gamma(α) = Gamma(α + 1) · U^(1/α), which do not underflow
+    for small α.
     """
     logs = [
         math.log(rng.gammavariate(alpha + 1, 1.0)) + math.log(1 - rng.random()) / alpha for _ in range(size)
@@ -203,7 +200,7 @@ def dirichlet_shares(alpha: float, size: int, rng: random.Random) -> list[float]
 
 
 def _fill_small_clients(indices: list[list[int]], labels_N: Codes, min_examples: int) -> int:
-    """Move examples from the largest clients until each has ``min_examples``; how many were moved."""
+    """Move examples from the largest clients until each has ``min_examples``; return how many were moved."""
     largest = [(-len(own), client) for client, own in enumerate(indices)]
     heapq.heapify(largest)
     num_moved = 0

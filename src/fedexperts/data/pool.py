@@ -1,4 +1,4 @@
-"""All usable examples of a source on disk, with the few numbers of each that a partition needs."""
+"""Spool all usable examples of a source to disk, with the few numbers of each that a partition needs."""
 
 import hashlib
 from array import array
@@ -19,7 +19,7 @@ from fedexperts.seeds import derive_random
 
 @dataclass(frozen=True, kw_only=True)
 class PoolCounts:
-    """What became of the records of a source, before the partition."""
+    """Counts of what became of the records of a source before the partition."""
 
     num_read: int
     """Records read."""
@@ -50,11 +50,10 @@ class Pool:
     counts: PoolCounts
 
     def __len__(self) -> int:
-        """The number of examples."""
         return len(self.labels_N)
 
     def read(self, index: int) -> Example:
-        """Example number ``index``."""
+        """Read example number ``index``."""
         start, stop = self.bounds_N[index]
         return self.spool.read(int(start), int(stop))[0]
 
@@ -62,7 +61,7 @@ class Pool:
 def collect_pool(
     examples: Iterable[Example], settings: DataSettings, seed: int, *, label_order: tuple[str, ...] = ()
 ) -> Pool:
-    """Spool ``examples`` to disk; leave out, and count, those that :class:`PoolCounts` tells.
+    """Spool ``examples`` to disk; leave out and count those that :class:`PoolCounts` lists.
 
     Memory: about 32 bytes per example. Labels are coded in ``label_order`` or, where it is empty, by name;
     clients in the order of their first example.
@@ -109,7 +108,7 @@ class _Rows:
         self.num_other_label = self.num_empty = 0
 
     def add(self, example: Example) -> None:
-        """Take in ``example``, or count why not."""
+        """Add ``example``, or count the reason for leaving it out."""
         self.seen[example.label] += 1
         if self.settings.labels and example.label not in self.settings.labels:
             self.num_other_label += 1
@@ -124,7 +123,7 @@ class _Rows:
             self.records.append(_digest(example.instruction, example.context, example.response))
 
     def require_labels(self) -> None:
-        """Refuse a source without examples, and a label to keep that it lacks."""
+        """Refuse a source without examples, and a label in `data.labels` that no example has."""
         if not self.seen:
             raise UserError(f'data.source "{self.settings.source}" has no examples.')
         for label in self.settings.labels:
@@ -136,7 +135,7 @@ class _Rows:
             raise UserError(f'data.source "{self.settings.source}" has no example with a response.')
 
     def unique(self) -> NDArray[np.int64]:
-        """Indices of the examples that no earlier one equals, ascending."""
+        """Return the indices of examples that equal no earlier one, ascending."""
         _, first = np.unique(np.frombuffer(self.records, dtype=np.uint64), return_index=True)
         return np.sort(first)
 

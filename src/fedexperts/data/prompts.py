@@ -1,7 +1,7 @@
-"""Examples to token ids: the prompt by the tokenizer's chat template or Alpaca's, the response, EOS.
+"""Encode examples as token ids: prompt by the tokenizer's chat template or Alpaca's, response, EOS.
 
-Prompt and response are tokenised apart and their ids joined. So the place where the labels begin is a length
-that is known, never a marker that is searched for, and what is generated begins where what was learnt began.
+Prompt and response are tokenised separately and their ids joined. The labels therefore begin at a known
+length, never at a marker that must be searched for, and generation starts exactly where learning started.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ _ALPACA: Final = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-"""Both from Stanford Alpaca (Taori et al., 2023), with a line break after the last heading."""
+"""Both templates are from Stanford Alpaca (Taori et al., 2023), with a line break after the last heading."""
 
 _FIXED_DATE: Final = (
     "{%- macro strftime_now(format) -%}{{ format.replace('%Y', '2025').replace('%m', '01')"
     ".replace('%B', 'January').replace('%b', 'Jan').replace('%d', '01') }}{%- endmacro -%}"
 )
-"""Goes before chat templates that tell today's date: a prompt must not change from one day to the next."""
+"""Prefix for chat templates that print today's date: a prompt must not change from one day to the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,27 +41,26 @@ class Encoded:
     input_ids: tuple[int, ...]
     """Prompt, response and EOS."""
     prompt_length: int
-    """How many of the ids are the prompt's; the labels are the others."""
+    """Number of ids of the prompt; the other ids are labels."""
     is_truncated: bool
-    """Whether anything was cut, EOS being the first to go."""
+    """Whether anything was cut; EOS is cut first."""
 
     @property
     def num_labels(self) -> int:
-        """How many ids are learnt."""
         return len(self.input_ids) - self.prompt_length
 
 
 class PromptFormat:
-    """How examples are worded and tokenised for one tokenizer.
+    """Wording and tokenisation of examples for one tokenizer.
 
-    A response ends with the tokenizer's EOS, so that is where generation is to stop (``eos_token_id``),
-    whatever the model's generation settings name besides.
+    A response ends with the tokenizer's EOS, so generation must stop there (``eos_token_id``), whatever else
+    the model's generation settings name.
     """
 
     eos_token_id: int
     pad_token_id: int
-    """Fills up batches. Never EOS where the tokenizer has any other token for it; labels and attention go by
-    lengths in any case."""
+    """Padding of batches. It is EOS only if the tokenizer has no other token for it; labels and attention go
+    by lengths in any case."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, max_tokens: int) -> None:
         """Check the tokenizer; ``template`` and ``max_tokens`` as in ``DataSettings``."""
@@ -81,27 +80,27 @@ class PromptFormat:
         self._leading_ids = [] if self.is_chat else _leading_ids(tokenizer)
 
     def prompt_text(self, example: Example) -> str:
-        """All that stands before the response; without the BOS that the Alpaca template gets as an id."""
+        """Return the text before the response, without the BOS that the Alpaca template gets as an id."""
         if self.is_chat:
             return self._chat_text(example)
         template = _ALPACA_WITH_CONTEXT if example.context else _ALPACA
         return template.format(instruction=example.instruction, context=example.context)
 
     def encode_prompt(self, example: Example) -> list[int]:
-        """The prompt's ids, never cut; generation goes on from their end."""
+        """Return the prompt's ids, never cut; generation continues from their end."""
         return self.encode_prompts([example])[0]
 
     def encode_prompts(self, examples: Sequence[Example]) -> list[list[int]]:
-        """The ids of each prompt; faster than one by one."""
+        """Encode several prompts; faster than one by one."""
         texts = [self.prompt_text(example) for example in examples]
         return [self._leading_ids + ids for ids in self._tokenize(texts)]
 
     def encode(self, example: Example) -> Encoded:
-        """Prompt, response and EOS, cut at ``max_tokens`` from the end."""
+        """Encode prompt, response and EOS, cut at ``max_tokens`` from the end."""
         return self.encode_examples([example])[0]
 
     def encode_examples(self, examples: Sequence[Example]) -> list[Encoded]:
-        """:meth:`encode` of each; faster than one by one."""
+        """Encode several examples as :meth:`encode` does; faster than one by one."""
         prompts = self.encode_prompts(examples)
         responses = self._tokenize([example.response for example in examples], split_special_tokens=True)
         return [self._join(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
@@ -126,7 +125,7 @@ class PromptFormat:
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
             tokenize=False,
-            enable_thinking=False,  # for templates that ask: responses hold no thoughts
+            enable_thinking=False,  # for templates with this variable: responses contain no thinking
             chat_template=self._chat_template,
         )
         assert isinstance(text, str)
@@ -151,7 +150,7 @@ class PromptFormat:
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's pad, or another token that is not EOS, or EOS where it has none else."""
+    """Return the tokenizer's pad token, else another token that is not EOS, else EOS."""
     for token_id in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
         if token_id is not None and token_id != tokenizer.eos_token_id:
             return int(token_id)
@@ -159,7 +158,7 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text of its own accord, such as BOS."""
+    """Return the ids that the tokenizer puts before a text by itself, such as BOS."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     start = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)

@@ -1,4 +1,4 @@
-"""One record of a source to an :class:`Example`, by the field map."""
+"""Read one record of a source as an :class:`Example`, by the field map."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from fedexperts.data.settings import DataSettings, FieldMap
 from fedexperts.errors import UserError
 
 _ALIASES: Final = {"context": "input", "response": "output"}
-"""Another usual name of a field, tried where the field map is at its default."""
+"""Another usual name of a field, tried if the field map is at its default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordReader:
-    """Which fields to read, and which of them every record must have."""
+    """Fields to read, and fields that every record must have."""
 
     fields: FieldMap
     required: frozenset[str]
@@ -22,7 +22,7 @@ class RecordReader:
 
     @classmethod
     def from_settings(cls, settings: DataSettings) -> "RecordReader":
-        """A reader that requires a field if the partition goes by it or the user has named it."""
+        """Make a reader that requires a field if the partition goes by it or the user has named it."""
         required = {"instruction", "response"}
         default = FieldMap()
         for name in ("context", "label", "client"):
@@ -34,8 +34,8 @@ class RecordReader:
         return cls(fields=settings.fields, required=frozenset(required))
 
     def read(self, record: Mapping[str, Any], where: str) -> Example:
-        """The example in ``record``; ``where`` (file and line) names it in an error and becomes its
-        source_id."""
+        """Return the example in ``record``; ``where`` (file and line) becomes its source_id and names it in
+        errors."""
         return Example(
             instruction=self._text(record, "instruction", where),
             context=self._text(record, "context", where),

@@ -1,4 +1,4 @@
-"""Settings of the data: where examples come from, how they come to clients, how a client's are split."""
+"""Define the settings of the data: source, partition over clients, and splits."""
 
 import math
 from dataclasses import dataclass, field
@@ -17,20 +17,19 @@ class FieldMap:
     """The names of a record's fields in the source."""
 
     instruction: str = "instruction"
-    """Field with what is asked."""
+    """Field with the instruction."""
     context: str = "context"
-    """Field with a passage the instruction refers to, or "" for none; left at its default, `input` will do
-    and so will no such field."""
+    """Field with a passage that the instruction refers to, or "" for none; left at its default, `input` is
+    tried too, and the field may be absent."""
     response: str = "response"
-    """Field with the answer to learn; left at its default, `output` will do."""
+    """Field with the answer to learn; left at its default, `output` is tried too."""
     label: str = "category"
-    """Field with the category that the label partitions go by; left at its default, it may be absent where no
-    label is needed."""
+    """Field with the category that label partitions go by; left at its default, it may be absent if no label
+    is needed."""
     client: str = ""
     """Field with the client or domain that the natural partition goes by."""
 
     def __post_init__(self) -> None:
-        """Refuse a map without the two fields that every example has."""
         for name in ("instruction", "response"):
             if not getattr(self, name):
                 raise UserError(f"data.fields.{name} is empty; it must name a field of the source.")
@@ -38,16 +37,15 @@ class FieldMap:
 
 @dataclass(frozen=True, kw_only=True)
 class TinyworldSettings:
-    """How much of the generated data set each client gets, and in whose words."""
+    """Size of each client's share of the generated data set, and the style of its answers."""
 
     examples_per_client: int = 160
     """Examples for each client, all splits together; with the default shares 100 train, 20 validate, 40
     test."""
     styles: str = "house"
-    """"house": each client answers in a way of its own; "neutral": all answer alike."""
+    """"house": each client answers in a style of its own; "neutral": all clients answer in the same style."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes and styles that cannot be."""
         if self.examples_per_client < 1:
             raise UserError(
                 f"data.tinyworld.examples_per_client is {self.examples_per_client}; it must be at least 1."
@@ -57,27 +55,26 @@ class TinyworldSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PartitionSettings:
-    """Which example belongs to which client."""
+    """Assignment of examples to clients."""
 
     kind: str = "natural"
     """"natural" by the client field, "iid" at random in equal parts, "pathological" a few labels for each
     client, "dirichlet" shares of each label drawn from a Dirichlet distribution."""
     num_clients: int = 0
-    """Number of clients; 0 takes as many as the source has: every value of the client field, or for tinyworld
-    one for each category."""
+    """Number of clients; 0 takes as many as the source has: one for each value of the client field, or for
+    tinyworld one for each category."""
     labels_per_client: int = 1
     """Labels for each client of a pathological partition."""
     alpha: float = 0.5
-    """Concentration α of the Dirichlet partition: towards 0 each label goes to one client, towards infinity
-    all clients are alike."""
+    """Concentration α of the Dirichlet partition: near 0 each label goes to one client, at large values all
+    clients are alike."""
     min_examples: int = 10
-    """Examples each client has at least: a Dirichlet partition moves examples from the largest clients, a
-    natural one leaves smaller clients out, any other is refused."""
+    """Minimum number of examples of a client: a Dirichlet partition moves examples from the largest clients,
+    a natural one leaves smaller clients out, any other is refused."""
     max_examples_per_client: int = 0
-    """Examples a client keeps at most, drawn at random before its split; 0 keeps all."""
+    """Maximum number of examples of a client, drawn at random before its split; 0 keeps all."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range, and those that the chosen kind would not use."""
         _require_one_of("data.partition.kind", self.kind, PARTITION_KINDS)
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise UserError(f"data.partition.alpha is {self.alpha}; it must be finite and greater than 0.")
@@ -102,15 +99,14 @@ class PartitionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSettings:
-    """Shares of each client's examples; what is left is trained on."""
+    """Shares of each client's examples; the rest is for training."""
 
     validation: float = 0.125
     """Share of a client's examples kept for validation, from 0 to below 1."""
     test: float = 0.25
-    """Share of a client's examples kept for its test, above 0 and below 1; at least one example."""
+    """Share of a client's examples kept for testing, above 0 and below 1; at least one example."""
 
     def __post_init__(self) -> None:
-        """Refuse shares that leave nothing to train on or to test with."""
         if not 0 <= self.validation < 1:
             raise UserError(f"data.split.validation is {self.validation}; it must be from 0 to below 1.")
         if not 0 < self.test < 1:
@@ -136,25 +132,25 @@ class DataSettings:
     revision: str = ""
     """Commit, tag or branch of the Hugging Face data set; "" for its newest."""
     max_examples: int = 0
-    """Examples kept of the source, drawn at random by the run's seed; 0 keeps all."""
+    """Maximum number of examples kept from the source, drawn at random by the run's seed; 0 keeps all."""
     labels: tuple[str, ...] = ()
     """Labels kept, in the order in which a pathological partition deals them; empty keeps all."""
     max_tokens: int = 256
-    """Tokens of prompt and response together; what is over is cut from the end and counted."""
+    """Maximum number of tokens of prompt and response together; longer examples are cut at the end and
+    counted."""
     template: str = "auto"
-    """How a prompt is worded: "chat" by the tokenizer's template, "alpaca", or "auto" for chat where there is
-    one."""
+    """Wording of prompts: "chat" by the tokenizer's template, "alpaca", or "auto" for chat if the tokenizer
+    has a template."""
     fields: FieldMap = field(default_factory=FieldMap)
     """Names of the source's fields."""
     tinyworld: TinyworldSettings = field(default_factory=TinyworldSettings)
     """Size and style of the generated data set."""
     partition: PartitionSettings = field(default_factory=PartitionSettings)
-    """Examples to clients."""
+    """Partition of the examples over clients."""
     split: SplitSettings = field(default_factory=SplitSettings)
-    """A client's examples to train, validation and test."""
+    """Split of each client's examples into train, validation and test."""
 
     def __post_init__(self) -> None:
-        """Refuse values out of range and pairs of settings that do not go together."""
         _require_one_of("data.template", self.template, TEMPLATES)
         if not self.source:
             raise UserError(f'data.source is empty; it must be "{TINYWORLD}", a path or a data set name.')

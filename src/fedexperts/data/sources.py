@@ -1,4 +1,4 @@
-"""Where examples come from: the generated world, files of JSON lines, or a Hugging Face data set."""
+"""Read examples from the generated world, files of JSON lines, or a Hugging Face data set."""
 
 import gzip
 import json
@@ -19,7 +19,8 @@ _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def iterate_examples(settings: DataSettings, seed: int) -> Iterator[Example]:
-    """Every example of ``settings.source`` in a fixed order; only the generated world depends on ``seed``."""
+    """Yield every example of ``settings.source`` in a fixed order; ``seed`` only affects the generated
+    world."""
     if settings.source == TINYWORLD:
         yield from generate_tinyworld(settings, seed)
         return
@@ -37,7 +38,7 @@ def iterate_examples(settings: DataSettings, seed: int) -> Iterator[Example]:
 
 
 def read_json_lines(path: Path, *, key: str = "data.source") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each record of a file, or of a folder's files in the order of their names, with its file and line.
+    """Yield each record of a file, or of a folder's files in the order of their names, with file and line.
 
     ``key`` is the setting that an error about the file names.
     """
@@ -78,7 +79,7 @@ def _parse(line: bytes, where: str) -> Mapping[str, Any]:
 
 
 def read_hub(settings: DataSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each record of a Hugging Face data set, downloaded or from its cache, with its number from 1."""
+    """Yield each record of a Hugging Face data set, downloaded or from its cache, with its number from 1."""
     name = settings.source
     if not _HUB_NAME.fullmatch(name):
         raise UserError(f'data.source is "{name}", which is neither a file nor a name like "owner/name".')

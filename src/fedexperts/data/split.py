@@ -1,4 +1,4 @@
-"""A client's examples to train, validation and test, with no prompt in two of them."""
+"""Split a client's examples into train, validation and test, with no prompt in two of them."""
 
 import random
 from collections.abc import Hashable, Sequence
@@ -14,12 +14,11 @@ SPLITS: Final[tuple[Split, ...]] = ("train", "validation", "test")
 def split_examples(
     prompts: Sequence[Hashable], settings: SplitSettings, *, client: str, rng: random.Random
 ) -> dict[Split, list[int]]:
-    """Positions of one client's examples in each split, shuffled; ``prompts`` has one key per example.
+    """Return positions of one client's examples in each split, shuffled; ``prompts`` has a key per example.
 
-    The sizes are the shares, rounded, and one example for the test at least. Examples with the same prompt
-    and different responses stay together, so that no prompt that is trained on is tested: a group goes to the
-    test if it still fits there, else to validation, else to train. ``client`` names whose they are in an
-    error.
+    Sizes are the shares, rounded, with at least one test example. Examples with the same prompt and different
+    responses stay together, so that no prompt that is trained on is tested: a group goes to the test if it
+    still fits there, else to validation, else to train. ``client`` names the owner in an error.
     """
     size = len(prompts)
     num_test = max(1, round(size * settings.test))

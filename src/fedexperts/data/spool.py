@@ -1,4 +1,4 @@
-"""Examples kept in a file instead of in memory."""
+"""Keep examples in a temporary file instead of in memory."""
 
 import json
 import os
@@ -11,12 +11,11 @@ from fedexperts.data.examples import Example
 class ExampleSpool:
     """A temporary file of examples, one JSON object on each line, read by byte position.
 
-    The file has no name (where the system allows that), so that nothing is left of it even when the process
-    is killed. It lies in the folder for temporary files, which the environment variable TMPDIR moves.
+    The file has no name (if the system allows that), so nothing is left of it even when the process is
+    killed. It lies in the folder for temporary files, which the environment variable TMPDIR changes.
     """
 
     def __init__(self) -> None:
-        """Open the file, empty."""
         self._file = tempfile.TemporaryFile(prefix="fedexperts-")  # noqa: SIM115  (closed by `close`)
         self._is_flushed = True
         self.close = weakref.finalize(self, self._file.close)
@@ -30,7 +29,7 @@ class ExampleSpool:
         self.size_bytes += len(line)
 
     def read(self, start: int, stop: int) -> list[Example]:
-        """The examples between two byte positions at which examples begin or end."""
+        """Read the examples between two byte positions at which examples begin or end."""
         if not self._is_flushed:
             self._file.flush()
             self._is_flushed = True

@@ -1,4 +1,4 @@
-"""Clients by labels: who has what, and how it is split."""
+"""Tabulate clients by labels and splits."""
 
 from dataclasses import dataclass
 
@@ -7,21 +7,21 @@ from fedexperts.data.federated import FederatedData
 
 @dataclass(frozen=True, kw_only=True)
 class LabelRow:
-    """One client's line of the table."""
+    """One client's row of the table."""
 
     client_id: str
     name: str
-    """What the source calls the client, or its style in tinyworld; may be empty."""
+    """Name of the client in the source, or its style in tinyworld; may be empty."""
     num_train: int
     num_validation: int
     num_test: int
     labels: dict[str, int]
-    """Examples of every label of any client, all splits together; zeros included, the same keys in each
-    row."""
+    """Examples of every label of any client, all splits together, zeros included; all rows have equal
+    keys."""
 
 
 def label_table(data: FederatedData) -> list[LabelRow]:
-    """One row for each client, in their order."""
+    """Return one row for each client, in their order."""
     clients = [data.client(client_id) for client_id in data.client_ids]
     return [
         LabelRow(

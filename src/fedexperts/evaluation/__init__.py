@@ -1,1 +1,1 @@
-"""What a model is worth: scores of examples, exam questions and routing; nothing here knows of federation."""
+"""Score models: loss, answers, exam questions and routing, without knowledge of federation."""

@@ -1,4 +1,4 @@
-"""Exam questions from a file of JSON lines."""
+"""Read exam questions from a file of JSON lines."""
 
 from collections.abc import Mapping
 from itertools import count, takewhile
@@ -13,11 +13,11 @@ from fedexperts.evaluation.settings import ExamFields
 
 _KEY: Final = "evaluation.exam.source"
 _NUMBERED_ALIAS: Final = "choice"
-"""What numbered fields of choices begin with where the field map is at its default."""
+"""Prefix of numbered choice fields, if the field map is at its default."""
 
 
 def read_questions(source: str, fields: ExamFields) -> list[Question]:
-    """All questions of the file or folder ``source``, in its order.
+    """Read all questions of the file or folder ``source``, in its order.
 
     Raises:
         UserError: it is missing or unreadable, or a record is no question; file and line are named.
@@ -34,7 +34,7 @@ def read_questions(source: str, fields: ExamFields) -> list[Question]:
 def _question(record: Mapping[str, Any], fields: ExamFields, where: str) -> Question:
     question = _text(_required(record, "question", fields.question, where), fields.question, where)
     choices = _choices(record, fields, where)
-    if len(set(choices)) < 2:  # MMLU has questions with the same wrong choice twice
+    if len(set(choices)) < 2:  # MMLU has questions in which a wrong choice occurs twice
         raise UserError(f"{where}: a question needs two different choices or more, not {list(choices)}")
     if len(choices) > len(ascii_uppercase):
         raise UserError(f"{where}: {len(choices)} choices; there may be {len(ascii_uppercase)}")
@@ -80,7 +80,7 @@ def _numbered(record: Mapping[str, Any], start: str, where: str) -> tuple[str, .
 
 
 def _answer(value: Any, field: str, num_choices: int, where: str) -> int:
-    """The index that 2, "2" or "C" stands for."""
+    """Return the index that 2, "2" or "C" stands for."""
     text = str(value).strip() if isinstance(value, int | str) and not isinstance(value, bool) else ""
     is_letter = len(text) == 1 and text.upper() in ascii_uppercase
     index = ascii_uppercase.index(text.upper()) if is_letter else int(text) if text.isdecimal() else -1

@@ -1,4 +1,4 @@
-"""Scores of one model on one set of examples."""
+"""Score one model on one set of examples."""
 
 import math
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ from fedexperts.evaluation.rouge import exact_match_share, mean_rouge_l
 from fedexperts.evaluation.settings import EvaluationSettings
 
 _LARGEST_EXPONENT = 700.0
-"""Perplexity is cut at e to this power, the largest round one that a float holds."""
+"""Perplexity is capped at e to this power, the largest round exponent whose result a float holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a model answered to one example."""
+    """A model's answer to one example."""
 
     prompt: str
     response: str
-    """The example's own."""
+    """Response of the example."""
     prediction: str
 
 
@@ -39,21 +39,21 @@ class ExampleScores:
     rougeL: float | None
     """Mean ROUGE-L F-measure, from 0 to 1."""
     exact_match: float | None
-    """Share of answers equal to the response but for white space, from 0 to 1."""
+    """Share of answers equal to the response, ignoring white space, from 0 to 1."""
     num_test: int
     """Examples scored."""
     num_truncated: int
-    """Examples of which `data.max_tokens` cut something, so that the loss is over less."""
+    """Examples cut at `data.max_tokens`; the loss does not cover what was cut."""
     num_without_label: int
-    """Examples that the loss leaves out, because the prompt alone fills `data.max_tokens`."""
+    """Examples that are not in the loss, because the prompt alone fills `data.max_tokens`."""
     num_prompts_cut: int = 0
-    """Prompts that lost their beginning, with the answer too long for the model's positions."""
+    """Prompts that lost their beginning, because prompt and answer need more positions than the model has."""
     num_unfinished: int = 0
     """Answers cut at `evaluation.max_new_tokens`."""
     num_empty: int = 0
     """Answers without any text."""
     predictions: tuple[Prediction, ...] = ()
-    """By example, in their order; empty where nothing was generated."""
+    """Answers in the order of the examples; empty if nothing was generated."""
 
 
 def evaluate_examples(
@@ -94,7 +94,7 @@ def evaluate_examples(
 def _answers(
     model: Any, format: PromptFormat, examples: Sequence[Example], settings: EvaluationSettings
 ) -> tuple[list[Answer], int]:
-    """The answers, and how many prompts had to be cut for them."""
+    """Generate the answers; return them with the number of prompts that had to be cut."""
     room = _positions(model) - settings.max_new_tokens
     if room < 1:
         raise UserError(
@@ -119,7 +119,7 @@ def _positions(model: Any) -> int:
 
 def _texts(format: PromptFormat, answers: Sequence[Answer]) -> list[str]:
     if not answers:
-        return []  # batch_decode makes one empty text of no answer
+        return []  # batch_decode returns one empty text for an empty list
     ids = [list(answer.token_ids) for answer in answers]
     return list(
         format.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,6 +1,6 @@
-"""Greedy answers, batched, with a key-value cache.
+"""Generate greedy answers in batches, with a key-value cache.
 
-An own loop and not transformers' ``generate``: the tokens are the same, but a row that has ended leaves the
+This loop replaces transformers' ``generate``. The tokens are the same, but a row that has ended leaves the
 batch, so that one answer that never ends does not hold up thirty others (measured in docs/evaluation.md).
 """
 
@@ -16,17 +16,17 @@ from fedexperts.errors import UserError
 from fedexperts.moe.observing.forward_pass import evaluation_mode
 
 _KEPT_SHARE = 0.75
-"""Ended rows are taken out of batch and cache once no more than this share goes on; each time is a copy."""
+"""Ended rows leave batch and cache once at most this share is still running; each removal is a copy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The tokens that a model put after one prompt."""
+    """Tokens that a model generated after one prompt."""
 
     token_ids: tuple[int, ...]
     """Without the end-of-sequence token."""
     is_finished: bool
-    """Whether the model ended it; else it was cut at the limit."""
+    """Whether the model ended the answer itself; if not, it was cut at the limit."""
 
 
 def generate_greedily(
@@ -38,10 +38,10 @@ def generate_greedily(
     eos_token_id: int,
     pad_token_id: int,
 ) -> list[Answer]:
-    """The likeliest token after the other until EOS or the limit, for each of ``prompts`` in their order.
+    """Generate the likeliest next token until EOS or the limit, for each of ``prompts`` in their order.
 
-    Prompts of like length go together, padded on the left, with positions counted from the first real token,
-    so that the answer does not depend on what else is in the batch (but for ties within rounding).
+    Prompts of similar length share a batch, padded on the left, with positions counted from the first real
+    token. The answer therefore does not depend on the rest of the batch (except for ties within rounding).
 
     Raises:
         UserError: the model gives logits that are not finite.
@@ -58,7 +58,7 @@ def generate_greedily(
 
 
 class _Rows:
-    """One batch on its way: the rows that still go on, and what all have said."""
+    """One batch in progress: the rows still running, and the tokens of all rows."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_token_id: int) -> None:
         self._model = model
@@ -71,7 +71,7 @@ class _Rows:
 
     @torch.no_grad()
     def answer(self, max_new_tokens: int, eos_token_id: int) -> list[Answer]:
-        """Up to ``max_new_tokens`` forward passes; the answers in the order of the prompts."""
+        """Run up to ``max_new_tokens`` forward passes; return the answers in the order of the prompts."""
         finished: set[int] = set()
         for _ in range(max_new_tokens):
             tokens = self._next_tokens()
@@ -123,7 +123,7 @@ class _Rows:
 def _pad_left(
     prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, int64 (prompts, longest)."""
+    """Return token ids and attention mask, int64 (prompts, longest)."""
     shape = (len(prompts), max(len(prompt) for prompt in prompts))
     input_ids, mask = torch.full(shape, pad_token_id), torch.zeros(shape, dtype=torch.int64)
     for row, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""Cross-entropy of labels, kept apart by example.
+"""Compute the cross-entropy of labels, separately for each example.
 
 Shapes: B examples of a batch, T tokens of its longest, V entries of the vocabulary, M label tokens.
 """
@@ -16,11 +16,11 @@ from fedexperts.errors import UserError
 from fedexperts.moe.observing.forward_pass import evaluation_mode
 
 _CHUNK_BYTES = 2**26
-"""Logits are turned into float32 in pieces of about this size, as those of a whole batch may not fit."""
+"""Logits are converted to float32 in pieces of about this size; those of a whole batch may not fit."""
 
 
 def mean_loss(model: Any, encoded: Sequence[Encoded], *, batch_size: int, pad_token_id: int) -> float:
-    """Cross-entropy of the label tokens of all examples together, in nats per token.
+    """Return the cross-entropy of the label tokens of all examples together, in nats per token.
 
     It is the mean over tokens, not over examples or batches, so that neither the batch size nor the order
     matters.
@@ -44,13 +44,13 @@ def mean_loss(model: Any, encoded: Sequence[Encoded], *, batch_size: int, pad_to
 
 @torch.no_grad()
 def label_losses(model: Any, batch: Batch) -> Tensor:
-    """Summed cross-entropy of each example's labels, in nats, float64 [B] in main memory.
+    """Return summed cross-entropy of each example's labels, in nats, float64 [B] in main memory.
 
     The log-softmax is taken in float32 whatever the model's dtype is; an example without label has 0.
     """
     device = next(model.parameters()).device
     labels = batch.labels.to(device)
-    # No logits are asked for before the first label: with a large vocabulary they would fill the memory.
+    # Logits before the first label are not computed: with a large vocabulary they would fill the memory.
     first = max(int((labels != IGNORED_LABEL).any(dim=0).int().argmax()), 1)
     with evaluation_mode(model):
         logits = model(
@@ -66,7 +66,7 @@ def label_losses(model: Any, batch: Batch) -> Tensor:
 
 
 def _token_losses(logits: Tensor, row_M: Tensor, column_M: Tensor, label_M: Tensor) -> Tensor:
-    """The logits [B, T, V] at (row, column) predict the label that follows them; float32 [M]."""
+    """Return the losses of the labels that the logits [B, T, V] at (row, column) predict; float32 [M]."""
     size = max(_CHUNK_BYTES // (4 * logits.shape[-1]), 1)
     pieces = [slice(start, start + size) for start in range(0, len(label_M), size)]
     return torch.cat(

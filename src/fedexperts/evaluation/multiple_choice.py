@@ -1,4 +1,4 @@
-"""The knowledge exam: multiple-choice questions, answered by the likeliest choice."""
+"""Score the knowledge exam: multiple-choice questions, answered by the likeliest choice."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from fedexperts.seeds import derive_random
 
 @dataclass(frozen=True, kw_only=True)
 class ExamScore:
-    """How a model did at an exam."""
+    """Score of a model on an exam."""
 
     accuracy: float
     """Share of questions answered right, from 0 to 1."""
@@ -29,11 +29,11 @@ class ExamScore:
     num_questions: int
     """Questions that were scored."""
     num_left_out: int
-    """Questions of which `data.max_tokens` would have cut a choice; they are in no score."""
+    """Questions left out of every score, because `data.max_tokens` would cut a choice."""
 
 
 def load_exam(settings: ExamSettings, *, data_source: str, seed: int) -> list[Question]:
-    """The questions of ``settings.source``, drawn by ``seed``; none where there is no exam.
+    """Load the questions of ``settings.source``, drawn by ``seed``; none if there is no exam.
 
     ``data_source`` is the run's ``data.source``, which decides for ``auto``. The order of a file is kept.
 
@@ -68,7 +68,7 @@ def _draw(questions: list[Question], settings: ExamSettings, seed: int) -> list[
 
 
 def list_choices(question: Question) -> Question:
-    """The same question with its choices listed by letter, and the letters as choices (as MMLU is put)."""
+    """Return the question with its choices listed by letter, and the letters as choices (usual for MMLU)."""
     letters = tuple(ascii_uppercase[: len(question.choices)])
     lines = [f"{letter}. {choice}" for letter, choice in zip(letters, question.choices, strict=True)]
     return replace(question, question="\n".join([question.question, *lines]), choices=letters)
@@ -82,11 +82,11 @@ def score_exam(
     *,
     normalise: bool = False,
 ) -> ExamScore:
-    """Accuracy of taking the choice with the largest log-likelihood as the response to the question.
+    """Return the accuracy of answering with the choice of largest log-likelihood as the response.
 
-    A choice's log-likelihood is the sum over its own tokens, EOS left out, as is usual for MMLU; with
-    ``normalise`` the mean. On a tie the first choice is taken; one that reads as the right one is right.
-    ``batch_size`` is in sequences, one per choice.
+    A choice's log-likelihood is the sum over its own tokens without EOS, as is usual for MMLU; with
+    ``normalise`` it is their mean. On a tie the first choice is taken; a choice with the text of the right
+    one is right. ``batch_size`` is in sequences, one per choice.
 
     Raises:
         UserError: there is no question that fits ``data.max_tokens``, or a log-likelihood is not finite.
@@ -115,7 +115,7 @@ def score_exam(
 def _choice_losses(
     model: Any, format: PromptFormat, questions: Sequence[Question], batch_size: int, *, normalise: bool
 ) -> list[float | None]:
-    """Minus the log-likelihood of every choice, question by question; None for one that does not fit."""
+    """Return minus the log-likelihood of every choice by question; None for a choice that does not fit."""
     encoded = format.encode_examples(
         [
             Example(instruction=question.question, response=choice)

@@ -1,4 +1,4 @@
-"""How close generated texts are to their references."""
+"""Compare generated texts with their references."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -8,10 +8,10 @@ from rouge_score.rouge_scorer import RougeScorer
 
 
 def mean_rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Mean over examples of ROUGE-L's F-measure with Porter stemming, from 0 to 1 (Lin, 2004).
+    """Return the mean over examples of ROUGE-L's F-measure with Porter stemming, from 0 to 1 (Lin, 2004).
 
-    By the package ``rouge-score``: lower-cased words of a-z and 0-9, the longest common subsequence of the
-    whole text; an empty text scores 0, and so does any text in another script.
+    Computed by the package ``rouge-score``: lower-cased words of a-z and 0-9, the longest common subsequence
+    of the whole text; an empty text scores 0, and so does any text in another script.
     """
     scorer = _scorer()
     pairs = zip(predictions, references, strict=True)
@@ -20,7 +20,8 @@ def mean_rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float
 
 
 def exact_match_share(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of predictions equal to their reference, letter case included, but for white space; 0 to 1."""
+    """Return the share of predictions equal to their reference (letter case counts, white space not), 0 to
+    1."""
     pairs = list(zip(predictions, references, strict=True))
     return sum(prediction.split() == reference.split() for prediction, reference in pairs) / len(pairs)
 

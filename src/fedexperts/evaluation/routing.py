@@ -1,4 +1,4 @@
-"""How evenly, and how differently, experts are used: figures of tokens per expert.
+"""Measure how evenly, and how differently, experts are used, from tokens per expert.
 
 A *table* is a list by MoE layer of lists by expert of numbers of tokens, as
 ``count_tokens`` gives them. Nothing here needs torch. Layers count alike: each
@@ -13,17 +13,18 @@ Table = Sequence[Sequence[int]]
 
 
 def balance_std(table: Table) -> float:
-    """Standard deviation of tokens per expert, in tokens: 0 is perfect balance.
+    """Return the standard deviation of tokens per expert, in tokens: 0 is perfect balance.
 
-    The population's, over all of a layer's experts, those that got no token included; as FLEx reports it
-    (App. C.6), whose text leaves open population or sample and how layers are joined. It grows with the
-    number of tokens: compare only what was counted on the same text.
+    It is the population's, over all of a layer's experts, including those without tokens; FLEx reports it
+    (App. C.6) without saying whether population or sample and how layers are joined. It grows with the number
+    of tokens: compare only counts on the same text.
     """
     return fmean(pstdev(tokens_E) for tokens_E in table)
 
 
 def normalised_entropy(table: Table) -> float:
-    """Entropy of the shares of tokens over its largest value, ln E: 1 is perfect balance, 0 one expert alone.
+    """Return the entropy of the shares of tokens over its largest value, ln E: 1 for even use, 0 for one
+    expert.
 
     It is the entropy of how experts are used over a text, not of the router's softmax for a token. A layer of
     one expert has 1.
@@ -34,12 +35,12 @@ def normalised_entropy(table: Table) -> float:
 
 
 def shares(table: Table) -> list[list[float]]:
-    """Each layer's tokens per expert as shares that sum to 1."""
+    """Return each layer's tokens per expert as shares that sum to 1."""
     return [_shares(tokens_E) for tokens_E in table]
 
 
 def total_variation(first: Table, second: Table) -> float:
-    """Half the sum of differences between the shares of two tables: 0 the same use, 1 no expert in common."""
+    """Return half the sum of differences of shares in two tables: 0 for equal use, 1 for no common expert."""
     pairs = zip(shares(first), shares(second), strict=True)
     return fmean(fsum(abs(a - b) for a, b in zip(one, other, strict=True)) / 2 for one, other in pairs)
 

@@ -1,4 +1,4 @@
-"""Settings of the evaluation: what is measured, on how much, and how often."""
+"""Define the settings of the evaluation: scores, amount of data, and frequency."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -17,15 +17,14 @@ class ExamFields:
     question: str = "question"
     """Field with the question, a text."""
     choices: str = "choices"
-    """Field with the list of choices, or what the numbered fields `choices0`, `choices1`, ... begin with;
-    left at its default, `choice0`, `choice1`, ... will do."""
+    """Field with the list of choices, or the prefix of the numbered fields `choices0`, `choices1`, ...; left
+    at its default, `choice0`, `choice1`, ... are tried too."""
     answer: str = "answer"
     """Field with the right choice: its index from 0, or its letter from A."""
     subject: str = "subject"
-    """Field with the subject that accuracy is also told by; left at its default, it may be absent."""
+    """Field with the subject, by which accuracy is also reported; left at its default, it may be absent."""
 
     def __post_init__(self) -> None:
-        """Refuse a map without the three fields that every question has."""
         for name in ("question", "choices", "answer"):
             if not getattr(self, name):
                 raise UserError(f"evaluation.exam.fields.{name} is empty; it must name a field of the file")
@@ -46,12 +45,11 @@ class ExamSettings:
     """`text` scores each choice as the answer; `letter` lists the choices in the prompt and scores their
     letters, as is usual for MMLU."""
     normalise: bool = False
-    """Compare log-likelihoods per token, so that long choices are at no disadvantage, instead of sums."""
+    """Compare log-likelihoods per token instead of sums, so that long choices are not at a disadvantage."""
     personalised: bool = True
-    """Put every client's personalised model to the exam too, and not the global model alone."""
+    """Also score every client's personalised model on the exam, not only the global model."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no exam can be made with."""
         if not self.source:
             raise UserError("evaluation.exam.source is empty; it must be auto, none, tinyworld or a file")
         if self.num_questions < 0:
@@ -70,11 +68,11 @@ class EvaluationSettings:
     metrics: tuple[Metric, ...] = ("loss", "rougeL", "exact_match")
     """Scores of a client's test split; without `rougeL` and `exact_match` nothing is generated."""
     max_new_tokens: int = 64
-    """Tokens after which an answer that has not ended is cut."""
+    """Maximum number of tokens of a generated answer."""
     batch_size: int = 32
-    """Sequences that go through the model together; it changes speed and memory, not the scores."""
+    """Sequences per forward pass; it changes speed and memory, not the scores."""
     max_test_examples: int = 0
-    """Test examples scored per client, the first of its test split; 0 takes all."""
+    """Test examples scored per client, the first of its test split; 0 scores all."""
     every: int = 0
     """Rounds between evaluations during the run; 0 evaluates after the last round only."""
     matrix: bool = True
@@ -87,7 +85,6 @@ class EvaluationSettings:
     """Generated answers kept per client in the run directory."""
 
     def __post_init__(self) -> None:
-        """Refuse unknown metrics and numbers outside their range."""
         if not self.metrics:
             raise UserError(f"evaluation.metrics is empty; it must name some of {_METRICS}")
         for metric in self.metrics:
@@ -99,7 +96,6 @@ class EvaluationSettings:
 
     @property
     def generates(self) -> bool:
-        """Whether any metric needs generated answers."""
         return "rougeL" in self.metrics or "exact_match" in self.metrics
 
 

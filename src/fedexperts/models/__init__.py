@@ -1,1 +1,1 @@
-"""Models: where they come from, what of them is adapted, and tiny ones for tests."""
+"""Load models, adapt them, and build tiny ones for tests."""

@@ -1,10 +1,10 @@
-"""LoRA on non-expert parameters through PEFT: what every client trains and most algorithms average.
+"""Put LoRA on non-expert parameters through PEFT: every client trains it and most algorithms average it.
 
-PEFT wraps the chosen linear modules where they stand, so a parameter is called, for example,
+PEFT wraps the chosen linear modules in place, so a parameter is called, for example,
 ``model.layers.0.self_attn.q_proj.lora_A.default.weight``. In PEFT's files the same tensor is
-``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight``. While the wrappers are on,
-``model.save_pretrained`` would write ``base_layer`` names that nobody can load: take them off first with
-:func:`remove_lora`, or keep LoRA in a folder of its own with :func:`save_adapter`.
+``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight``. While the wrappers are installed,
+``model.save_pretrained`` would write ``base_layer`` names that nobody can load: remove them first with
+:func:`remove_lora`, or save LoRA in a folder of its own with :func:`save_adapter`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,10 +26,10 @@ from fedexperts.seeds import derive_seed
 from fedexperts.tensors import Tensors, copy_of
 
 ATTENTION = "attention"
-"""The target that means every linear module of every attention block."""
+"""Target that stands for every linear module of every attention block."""
 
 _EXPERT_ENDINGS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""Endings that PEFT, when it reads a folder, takes for the experts and routers of transformers 4."""
+"""Name endings that PEFT, when it reads a folder, mistakes for the experts and routers of transformers 4."""
 _OURS, _THEIRS = ".default.weight", ".weight"
 _PEFT_PREFIX = "base_model.model."
 
@@ -48,7 +48,6 @@ class AdapterSettings:
     """``attention`` for the linear modules of attention blocks, or endings of module names: ``q_proj``."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers outside their range."""
         if self.rank < 1:
             raise UserError(f"adapter.rank is {self.rank}; it must be at least 1")
         if not self.alpha > 0:
@@ -60,11 +59,11 @@ class AdapterSettings:
 
 
 def add_lora(model: nn.Module, settings: AdapterSettings, seed: int) -> tuple[str, ...]:
-    """Put LoRA on the targets and freeze the base model; returns its parameters' names, A and B in turns.
+    """Put LoRA on the targets and freeze the base model; return its parameters' names, A and B in turns.
 
-    The model's numbers do not change by a bit, as B starts at zero. A depends on ``seed`` and the parameter's
-    name alone, and torch's global generator is left as it was. LoRA is float32 whatever the base model is.
-    Grafts and tuned slots that are there go on training.
+    The model's outputs do not change by a bit, because B starts at zero. A depends on ``seed`` and the
+    parameter's name alone, and torch's global generator is left as it was. LoRA is float32 whatever the base
+    model is. Grafts and tuned slots that are installed stay trainable.
 
     Raises:
         UserError: a target names no linear module, or an expert or a router.
@@ -86,7 +85,7 @@ def add_lora(model: nn.Module, settings: AdapterSettings, seed: int) -> tuple[st
 
 
 def _trained_beside_experts(model: nn.Module) -> list[nn.Parameter]:
-    """Trained parameters of grafts and slots."""
+    """Yield the trained parameters of grafts and slots."""
     places = tuple(
         place(layer)
         for layer in seam.find_moe_layers(model)
@@ -155,7 +154,7 @@ def lora_parameters(model: nn.Module) -> tuple[str, ...]:
 
 
 def remove_lora(model: nn.Module, *, fold: bool) -> None:
-    """Take LoRA off again; with ``fold`` its update is added to the base weights first.
+    """Remove LoRA; with ``fold`` its update is added to the base weights first.
 
     Without ``fold`` the model is again what it was before :func:`add_lora`, bit for bit and name for name.
     """
@@ -168,7 +167,7 @@ def remove_lora(model: nn.Module, *, fold: bool) -> None:
 
 
 def lora_config(settings: AdapterSettings, targets: Sequence[str]) -> LoraConfig:
-    """PEFT's form of the settings, for the modules called ``targets``."""
+    """Return PEFT's form of the settings, for the modules called ``targets``."""
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -179,7 +178,7 @@ def lora_config(settings: AdapterSettings, targets: Sequence[str]) -> LoraConfig
 
 
 def find_targets(model: nn.Module, target_modules: Sequence[str]) -> tuple[str, ...]:
-    """Names of the linear modules that ``target_modules`` stands for, in the model's order.
+    """Return names of the linear modules that ``target_modules`` stands for, in the model's order.
 
     Raises:
         UserError: a target names no linear module, or an expert or a router.
@@ -243,12 +242,12 @@ def _ends_with(name: str, target: str) -> bool:
 
 
 def peft_state(tensors: Mapping[str, Tensor]) -> Tensors:
-    """LoRA tensors by our names to the same tensors by the names of PEFT's files."""
+    """Rename LoRA tensors from our names to the names in PEFT's files."""
     return {_PEFT_PREFIX + name.removesuffix(_OURS) + _THEIRS: tensor for name, tensor in tensors.items()}
 
 
 def lora_state(tensors: Mapping[str, Tensor]) -> Tensors:
-    """The way back from :func:`peft_state`."""
+    """Undo :func:`peft_state`."""
     return {
         name.removeprefix(_PEFT_PREFIX).removesuffix(_THEIRS) + _OURS: tensor
         for name, tensor in tensors.items()
@@ -279,5 +278,5 @@ def save_adapter(
 
 
 def load_adapter(folder: Path) -> Tensors:
-    """The tensors that :func:`save_adapter` wrote to ``folder``, by our names."""
+    """Load the tensors that :func:`save_adapter` wrote to ``folder``, by our names."""
     return lora_state(load_file(folder / "adapter_model.safetensors"))

@@ -1,10 +1,10 @@
-"""One expert out of a checkpoint on disk, without reading the rest.
+"""Read one expert from a checkpoint on disk without reading the rest.
 
-Checkpoints keep experts one by one under the family's own names, or fused, in one file or in shards; how they
-become the fused parameters of a model is known to transformers as a list of renamings and conversions per
-family. Those are asked here for one expert: the same conversions run on what a checkpoint of one expert would
-hold. So every family whose conversions treat experts alike is read by the same lines, and each result is
-bit-equal to what ``from_pretrained`` puts into the model.
+Checkpoints store experts one by one under the family's own names, or fused, in one file or in shards.
+transformers knows as a list of renamings and conversions per family how they become the fused parameters of a
+model. This module runs the same conversions on what a checkpoint of one expert would hold. So every family
+whose conversions treat experts alike is read by the same code, and each result is bit-equal to what
+``from_pretrained`` puts into the model.
 """
 
 import copy
@@ -38,10 +38,10 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass
 class _Sources:
-    """The tensors on disk that one parameter is made of."""
+    """Tensors on disk from which one parameter is made."""
 
     converter: WeightConverter | None
-    """What makes the parameter of them; None where it has another name on disk and nothing more."""
+    """Conversion that makes the parameter from them; None if it only has another name on disk."""
     keys: dict[str, list[str]] = field(default_factory=dict)
     """Names on disk by the converter's source pattern, experts in their order."""
 
@@ -54,8 +54,7 @@ class Checkpoint:
 
         Raises:
             UserError: the folder is no checkpoint, a shard is missing or cut short, its model is not
-            supported,
-                or its weights are quantised.
+                supported, or its weights are quantised.
         """
         self.folder = folder
         self.config = _config(folder)
@@ -68,7 +67,7 @@ class Checkpoint:
         self._sources = self._find_sources()
 
     def _find_tensors(self) -> dict[str, str]:
-        """Shard by name of tensor; all are opened, so that a damaged one is found before anything runs."""
+        """Find the shard of each tensor; open all, so that a damaged one is found before anything runs."""
         if (self.folder / _INDEX).is_file():
             shard_of = self._read_index()
         elif (self.folder / _SINGLE).is_file():
@@ -104,11 +103,11 @@ class Checkpoint:
         return stated or next((_FLOATS[kind] for kind in kinds if kind in _FLOATS), torch.float32)
 
     def slice(self, name: str) -> Any:
-        """The tensor ``name`` on disk, of which an index reads a part."""
+        """Return the tensor ``name`` on disk as a slice, of which an index reads a part."""
         return self._file(self._shard_of[name]).get_slice(name)
 
     def _find_sources(self) -> dict[str, _Sources]:
-        """For each parameter, what it is made of; the order of names is that of transformers' own loading."""
+        """Find the sources of each parameter, in the order of transformers' own loading."""
         transforms = get_model_conversion_mapping(self.skeleton)
         renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
         converters = [one for one in transforms if isinstance(one, WeightConverter)]
@@ -124,7 +123,7 @@ class Checkpoint:
         return found
 
     def expert(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """One expert's weights, by fused parameter name and in the fused layout, as :meth:`MoeLayer.expert`.
+        """Read one expert's weights by fused parameter name, in the layout of :meth:`MoeLayer.expert`.
 
         Raises:
             UserError: there is no such layer or expert, or the checkpoint lacks a tensor of it.
@@ -138,11 +137,11 @@ class Checkpoint:
         return {name: self._one(place, name, expert) for name in place.parameter_names()}
 
     def experts(self, layer: int) -> Iterator[dict[str, Tensor]]:
-        """All experts of a layer in turn, each read when it is asked for."""
+        """Yield all experts of a layer, each read when it is asked for."""
         return (self.expert(layer, expert) for expert in range(self.layers[layer].num_experts))
 
     def fused(self, layer: int) -> dict[str, Tensor]:
-        """The fused parameters (E, ...) of a layer, by name."""
+        """Read the fused parameters (E, ...) of a layer, by name."""
         place = self.layers[layer]
         fused = {
             name: torch.empty_like(getattr(place.experts, name), device="cpu", requires_grad=False)
@@ -166,7 +165,8 @@ class Checkpoint:
         return made[0].to(like.dtype)
 
     def _part(self, place: MoeLayer, name: str, pattern: str, expert: int) -> Tensor:
-        """What a checkpoint of this one expert would hold: a tensor of its own, or a slice of a fused one."""
+        """Return what a checkpoint of this one expert would hold: its own tensor, or a slice of a fused
+        one."""
         keys = self._sources[name].keys[pattern]
         if "*" in pattern:
             if len(keys) != place.num_experts:
@@ -193,7 +193,7 @@ class Checkpoint:
         return cast(Tensor, made[name][0] if isinstance(made[name], list) else made[name])
 
     def rest(self) -> dict[str, Any]:
-        """Everything but routed experts: slices by name on disk, to be read by whoever loads them."""
+        """Return slices of everything but routed experts, by name on disk, for the caller to read."""
         experts = {f"{place.name}.{name}" for place in self.layers for name in place.parameter_names()}
         return {
             key: self.slice(key)

@@ -1,8 +1,8 @@
-"""Models in which experts share slots: from disk, in place, and back again.
+"""Build models in which experts share slots, from disk or in place, and restore them.
 
-A compact model (``slots.py``) keeps some experts and merges the others into few. Made straight
-from disk it never holds more than itself and one expert: transformers loads everything but the routed
-experts, whose fused parameters are made empty beforehand, and the slots are filled one expert at a time.
+A compact model (``slots.py``) keeps some experts and merges the others into few. Built straight from disk it
+never holds more than itself and one expert: transformers loads everything but the routed experts, whose fused
+parameters are made empty beforehand, and the slots are filled one expert at a time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,14 +29,15 @@ from fedexperts.moe.surgery.slots import (
 )
 
 Weights = Mapping[str, Tensor]
-"""One expert's, by fused parameter name."""
+"""One expert's weights, by fused parameter name."""
 GroupMerge = Callable[[int, tuple[int, ...], Iterable[Weights]], Weights]
-"""Weights of the expert that stands for a group: ``(MoE layer, experts of the group, their weights)``, the
-last made one by one as they are asked for. Who has the weights already does not look at the members."""
+"""Function that returns the weights of the expert that stands for a group, from the MoE layer, the experts of
+the group, and their weights. Those are read one by one as they are asked for; a function that already knows
+the result need not ask."""
 
 
 def merge_by_shares(shares_LE: Sequence[Tensor]) -> GroupMerge:
-    """Eq. 2's weighted mean, by layer with the shares (E,) of its experts; one member in memory at a time."""
+    """Merge by eq. 2's weighted mean of the shares (E,) by layer, with one member in memory at a time."""
 
     def merge(layer: int, group: tuple[int, ...], members: Iterable[Weights]) -> Weights:
         return merge_weights(members, [float(shares_LE[layer][expert]) for expert in group])
@@ -51,7 +52,7 @@ def load_compact(
     *,
     form: LowBitForm | None = None,
 ) -> Any:
-    """The model of a checkpoint with its experts in slots, frozen but for the tuned ones, in the seat.
+    """Load the model of a checkpoint with its experts in slots, frozen but for the tuned ones.
 
     Args:
         checkpoint: whose experts are read one at a time; its dtype is the model's.
@@ -84,7 +85,7 @@ class _Store(Protocol):
 
 
 class _Stacked:
-    """Slots as they are."""
+    """Slots filled with dense weights."""
 
     def __init__(self, layer: MoeLayer, num_slots: int) -> None:
         shapes = {name: getattr(layer.experts, name) for name in layer.parameter_names()}
@@ -101,7 +102,7 @@ class _Stacked:
 
 
 class _Packed:
-    """Slots in few bits."""
+    """Slots filled with weights in few bits."""
 
     def __init__(self, layer: MoeLayer, num_slots: int, form: LowBitForm) -> None:
         self._bank = QuantizedBank(num_slots, ExpertShapes.of_layer(layer), form)
@@ -118,7 +119,7 @@ class _Packed:
 
 
 def _frozen(checkpoint: Checkpoint, layer: int, plan: SlotPlan, merge: GroupMerge) -> Iterator[Weights]:
-    """Kept experts, then merged ones, in the order of their slots."""
+    """Yield kept experts, then merged ones, in the order of their slots."""
     yield from (checkpoint.expert(layer, expert) for expert in plan.kept)
     for group in plan.merged:
         yield merge(layer, group, (checkpoint.expert(layer, expert) for expert in group))
@@ -132,7 +133,7 @@ def _check_plans(plans: Sequence[SlotPlan], layers: Sequence[MoeLayer]) -> None:
 
 
 def _load_rest(checkpoint: Checkpoint) -> Any:
-    """The model with all that is not a routed expert; its fused parameters hold no expert."""
+    """Load the model without its routed experts; its fused parameters hold no expert."""
     kind = type(checkpoint.skeleton)
     nothing = {
         f"{layer.name}.{name}": torch.empty(
@@ -141,7 +142,7 @@ def _load_rest(checkpoint: Checkpoint) -> Any:
         for layer in checkpoint.layers
         for name in layer.parameter_names()
     }
-    # from_pretrained does all that a family wants (tied weights, rotary buffers, parameters kept in float32).
+    # from_pretrained does all that a family needs (tied weights, rotary buffers, parameters kept in float32).
     model, info = _without_experts(kind).from_pretrained(
         None,
         config=checkpoint.config,
@@ -162,7 +163,8 @@ def _load_rest(checkpoint: Checkpoint) -> Any:
 
 
 def _without_experts(kind: type[PreTrainedModel]) -> Any:
-    """``kind`` with fused parameters of no expert, of its name and module, which transformers looks at."""
+    """Return ``kind`` with empty fused parameters; it keeps its name and module, which transformers
+    checks."""
 
     class Shell(kind):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -177,7 +179,7 @@ def _without_experts(kind: type[PreTrainedModel]) -> Any:
 def compact_model(
     model: Any, plans: Sequence[SlotPlan], merge: GroupMerge, *, is_keeping_originals: bool = False
 ) -> list[dict[str, Tensor]]:
-    """Put the experts of a live model in the seat into slots, layer by layer.
+    """Put the experts of a live model into slots, layer by layer; it must use our experts implementation.
 
     Returns the fused weights (E, ...) by layer for :func:`restore_model` if ``is_keeping_originals``; else
     they are let go as each layer is done, and the list is empty.

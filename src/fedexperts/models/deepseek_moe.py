@@ -1,9 +1,10 @@
-"""DeepSeek-MoE 16B, v1 (``model_type`` "deepseek"; Dai et al., 2401.06066) on the experts interface.
+"""Implement DeepSeek-MoE 16B, v1 (``model_type`` "deepseek"; Dai et al., 2401.06066) on the experts
+interface.
 
-Transformers has no class for it, and its authors' is remote code. It is Llama with fine-grained routed
-experts beside shared ones, which have no gate, in all layers but the first. A checkpoint's names are the
-published ones (``mlp.experts.3.gate_proj.weight``), both ways. The load-balancing loss of its pretraining is
-not here.
+Transformers has no class for it, and its authors' code is remote code. It is Llama with fine-grained routed
+experts beside shared ones without a gate, in all layers but the first. Checkpoints are read and written with
+the published names (``mlp.experts.3.gate_proj.weight``). The load-balancing loss of its pretraining is not
+implemented.
 
 Shape suffixes: ``T`` tokens, ``D`` hidden, ``K`` top-k.
 """
@@ -54,22 +55,21 @@ class DeepseekConfig(LlamaConfig):  # type: ignore[misc]
             raise UserError(f'scoring_func is "{self.scoring_func}"; DeepSeek-MoE v1 has "softmax" alone')
 
     def is_sparse(self, layer_index: int) -> bool:
-        """Whether a layer has experts."""
+        """Return whether a layer has experts."""
         return layer_index >= self.first_k_dense_replace and layer_index % self.moe_layer_freq == 0
 
 
 class DeepseekMoE(nn.Module):
-    """Routed experts and shared ones, added."""
+    """Sum of routed and shared experts."""
 
     def __init__(self, config: DeepseekConfig) -> None:
-        """Leave the weights to be loaded or drawn."""
         super().__init__()
         self.gate = Qwen2MoeTopKRouter(config)
         self.experts = Qwen2MoeExperts(config)
         self.shared_experts = _shared_experts(config) if config.n_shared_experts else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """``hidden_states`` (batch, length, D) to the same shape."""
+        """Map ``hidden_states`` (batch, length, D) to the same shape."""
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights_TK, index_TK = self.gate(hidden_TD)
         output_TD = self.experts(hidden_TD, index_TK, weights_TK)
@@ -79,7 +79,7 @@ class DeepseekMoE(nn.Module):
 
 
 def _shared_experts(config: DeepseekConfig) -> LlamaMLP:
-    """The shared experts side by side: one dense block of their common width."""
+    """Make the shared experts side by side: one dense block of their common width."""
     widened = LlamaConfig(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -95,7 +95,6 @@ class DeepseekModel(ExpertsLlamaPreTrainedModel, LlamaModel):  # type: ignore[mi
     config: DeepseekConfig
 
     def __init__(self, config: DeepseekConfig) -> None:
-        """Leave the weights to be loaded or drawn."""
         super().__init__(config)
         for index, layer in enumerate(self.layers):
             if config.is_sparse(index):
@@ -111,7 +110,7 @@ class DeepseekForCausalLM(ExpertsLlamaForCausalLM):
 
 
 def register() -> None:
-    """Make transformers' Auto classes know the model; a checkpoint's ``auto_map`` is then not needed."""
+    """Register the model with transformers' Auto classes; a checkpoint's ``auto_map`` is then not needed."""
     AutoConfig.register(DeepseekConfig.model_type, DeepseekConfig, exist_ok=True)
     AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM, exist_ok=True)
     # Published names are Qwen2-MoE's: one tensor for each expert and matrix.

@@ -1,4 +1,4 @@
-"""What each parameter of a model belongs to: attention, router, routed experts, LoRA, graft and so on."""
+"""Assign each parameter of a model to a group: attention, router, routed experts, LoRA, graft and so on."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ GROUPS = (
 
 
 def attention_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Module paths of the attention blocks: so called by their class, or ``self_attn`` by their name."""
+    """Return module paths of the attention blocks, known by their class or by the name ``self_attn``."""
     return tuple(
         name
         for name, module in model.named_modules()
@@ -31,12 +31,12 @@ def attention_blocks(model: nn.Module) -> tuple[str, ...]:
 
 
 def is_inside(name: str, blocks: tuple[str, ...]) -> bool:
-    """Whether ``name`` is the path of something in one of ``blocks``."""
+    """Return whether ``name`` is the path of something in one of ``blocks``."""
     return name.startswith(tuple(f"{block}." for block in blocks))
 
 
 def parameter_groups(model: Any) -> dict[str, str]:
-    """Group of every parameter by name; a tied parameter counts where it comes first.
+    """Return the group of every parameter by name; a tied parameter counts where it comes first.
 
     Raises:
         UserError: the model has no MoE layers.
@@ -49,7 +49,7 @@ def parameter_groups(model: Any) -> dict[str, str]:
             if id(parameter) in names:
                 groups[names[id(parameter)]] = group
 
-    # From the general to the particular: a later line overrules an earlier one.
+    # From general to particular: a later line overrides an earlier one.
     assign("lm_head", model.get_output_embeddings())
     modules = dict(model.named_modules())
     for block in attention_blocks(model):
@@ -71,7 +71,7 @@ def parameter_groups(model: Any) -> dict[str, str]:
 
 
 def count_parameters(model: Any) -> dict[str, int]:
-    """Number of parameters of each of :data:`GROUPS`, also of those that the model does not have."""
+    """Count the parameters of each of :data:`GROUPS`, including groups that the model does not have."""
     groups = parameter_groups(model)
     counts = dict.fromkeys(GROUPS, 0)
     for name, parameter in model.named_parameters():

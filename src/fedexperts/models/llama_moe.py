@@ -1,9 +1,9 @@
-"""LLaMA-MoE 3.0B and 3.5B (``model_type`` "llama_moe"; Zhu et al., 2406.16554) on the experts interface.
+"""Implement LLaMA-MoE 3.0B and 3.5B ("llama_moe"; Zhu et al., 2406.16554) on the experts interface.
 
-Transformers has no class for it, and its authors' is remote code. It is Llama-2 with every dense block cut
-into experts, and a router of two layers that adds noise in training, as its authors meant it. A checkpoint's
-names are the published ones (``mlp.calculator.experts.weight_gate.3``), both ways. The balance loss of its
-pretraining is not here.
+Transformers has no class for it, and its authors' code is remote code. It is Llama-2 with every dense block
+cut into experts, and a router of two layers that adds noise in training, as its authors intended. Checkpoints
+are read and written with the published names (``mlp.calculator.experts.weight_gate.3``). The balance loss of
+its pretraining is not implemented.
 
 Shape suffixes: ``T`` tokens, ``D`` hidden, ``E`` experts, ``K`` top-k.
 """
@@ -80,7 +80,6 @@ class LlamaMoERouter(nn.Module):
     """``softmax`` over the K largest of ``W2 tanh(W1 x)``, times a scale; with noise in training."""
 
     def __init__(self, config: LlamaMoEConfig, scale: float) -> None:
-        """Leave the weights to be loaded or drawn."""
         super().__init__()
         self.config, self.scale = config, scale
         hidden, num_experts = config.hidden_size, config.num_experts
@@ -92,7 +91,7 @@ class LlamaMoERouter(nn.Module):
             self.weight_noise = nn.Linear(hidden, num_experts, bias=False)
 
     def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (T, E), and weights and indices (T, K) of the experts chosen."""
+        """Return logits (T, E), and weights and indices (T, K) of the chosen experts."""
         logits_TE = self.gate_network(hidden_TD)
         if self.training and self.config.gate_add_noise:
             spread_TE = functional.softplus(self.weight_noise(hidden_TD)) + self.config.gate_noise_epsilon
@@ -108,7 +107,7 @@ class LlamaMoERouter(nn.Module):
         return top_TK * self.scale
 
     def rows(self) -> Tensor:
-        """Weight rows (E, D) of the logits' linear part: ``W2 W1``, as tanh is the identity near zero."""
+        """Return weight rows (E, D) of the logits' linear part, ``W2 W1``: tanh is the identity near zero."""
         if isinstance(self.gate_network, nn.Linear):
             return self.gate_network.weight
         first, second = cast(nn.Linear, self.gate_network[0]), cast(nn.Linear, self.gate_network[2])
@@ -119,13 +118,12 @@ class LlamaMoELayer(nn.Module):
     """One layer's router and experts."""
 
     def __init__(self, config: LlamaMoEConfig, scale: float) -> None:
-        """Leave the weights to be loaded or drawn."""
         super().__init__()
         self.gate = LlamaMoERouter(config, scale)
         self.experts = Qwen2MoeExperts(config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """``hidden_states`` (batch, length, D) to the same shape."""
+        """Map ``hidden_states`` (batch, length, D) to the same shape."""
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights_TK, index_TK = self.gate(hidden_TD)
         return cast(Tensor, self.experts(hidden_TD, index_TK, weights_TK).view_as(hidden_states))
@@ -137,7 +135,6 @@ class LlamaMoEModel(ExpertsLlamaPreTrainedModel, LlamaModel):  # type: ignore[mi
     config: LlamaMoEConfig
 
     def __init__(self, config: LlamaMoEConfig) -> None:
-        """Leave the weights to be loaded or drawn."""
         super().__init__(config)
         for index, layer in enumerate(self.layers):
             scale: Any = config.score_scale_factor
@@ -153,7 +150,7 @@ class LlamaMoEForCausalLM(ExpertsLlamaForCausalLM):
 
 
 def register() -> None:
-    """Make transformers' Auto classes know the model; a checkpoint's ``auto_map`` is then not needed."""
+    """Register the model with transformers' Auto classes; a checkpoint's ``auto_map`` is then not needed."""
     AutoConfig.register(LlamaMoEConfig.model_type, LlamaMoEConfig, exist_ok=True)
     AutoModelForCausalLM.register(LlamaMoEConfig, LlamaMoEForCausalLM, exist_ok=True)
     # A conversion pattern knows an index only where a dot follows it, so names are first made Qwen2-MoE's.

@@ -1,4 +1,4 @@
-"""What the two ports share: Llama's classes with experts where transformers' own have a dense block."""
+"""Share classes between the two ports: Llama with experts where transformers' own has a dense block."""
 
 from typing import Any, ClassVar
 
@@ -11,12 +11,12 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qw
 
 
 class ExpertsLlamaPreTrainedModel(LlamaPreTrainedModel):  # type: ignore[misc]
-    """Llama's, with initial weights for what Llama has not."""
+    """Llama's class, with initial weights for the modules that Llama lacks."""
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # Transformers reads it off a class's source file and keeps the answer, which would be inherited from
-        # Llama; what counts is the decorator on Qwen2MoeExperts.
+        # Transformers derives it from a class's source file and caches the answer, which would be inherited
+        # from Llama; what counts is the decorator on Qwen2MoeExperts.
         return True
 
     @torch.no_grad()
@@ -33,7 +33,6 @@ class ExpertsLlamaForCausalLM(ExpertsLlamaPreTrainedModel, LlamaForCausalLM):  #
     model_class: ClassVar[Any]
 
     def __init__(self, config: Any) -> None:
-        """Leave the weights to be loaded or drawn."""
         # Llama's own would make a dense model first.
         LlamaPreTrainedModel.__init__(self, config)
         self.model = self.model_class(config)

@@ -1,4 +1,4 @@
-"""A name or a folder to a frozen model in the seat, with its tokenizer: dtype and device are decided here."""
+"""Load a frozen model with our experts implementation and its tokenizer, from a name or a folder."""
 
 import importlib.resources
 import re
@@ -25,7 +25,7 @@ from fedexperts.tensors import first_non_finite
 EMBEDDED = "tinyworld"
 """Name of the checkpoint that the package ships."""
 TINY_PREFIX = "tiny/"
-"""What the name of a random tiny model begins with; its family follows."""
+"""Prefix of the name of a random tiny model; its family follows."""
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -48,10 +48,9 @@ class ModelSettings:
     dtype: Dtype = "float32"
     """Dtype of the base model's weights; what is trained is kept in float32 in either case."""
     device: Device = "auto"
-    """Where the model lives; ``auto`` takes CUDA where there is one."""
+    """Device of the model; ``auto`` takes CUDA where there is one."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no model can be loaded with."""
         if not self.name:
             raise UserError(
                 "model.name is empty; it must be tinyworld, a folder, a hub name or tiny/<family>"
@@ -69,7 +68,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A frozen base model in evaluation mode, called through the seam in every MoE layer."""
+    """A frozen base model in evaluation mode whose MoE layers use our experts implementation."""
 
     model: Any
     tokenizer: Any
@@ -80,7 +79,7 @@ class LoadedModel:
 def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     """Load the model and its tokenizer; ``seed`` matters to ``tiny/<family>`` only.
 
-    Nothing is initialised at random in silence: a checkpoint must bring every tensor of its model, finite.
+    No weight is silently initialised at random: a checkpoint must bring every tensor of its model, finite.
 
     Raises:
         UserError: there is no such model, it is not supported, or its checkpoint is damaged.
@@ -104,7 +103,7 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
 
 
 def embedded_folder() -> Path:
-    """Where the shipped checkpoint lies."""
+    """Return the folder of the shipped checkpoint."""
     return Path(str(importlib.resources.files("fedexperts"))) / "assets" / EMBEDDED
 
 
@@ -156,7 +155,7 @@ def _attempt(settings: ModelSettings, what: str, load: Callable[[], _Value]) -> 
 
 @contextmanager
 def _quiet_bars(*, is_local: bool) -> Iterator[None]:
-    """No bar for the moment that reading a folder takes; a download keeps its own."""
+    """Hide the progress bar of reading a folder; a download keeps its own."""
     was_on = transformers_logging.is_progress_bar_enabled()
     if is_local:
         transformers_logging.disable_progress_bar()
@@ -192,7 +191,7 @@ def _load_checkpoint(source: Path | str, settings: ModelSettings, dtype: torch.d
 
 
 def _refuse_unsupported(config: Any, settings: ModelSettings) -> None:
-    """Look at the model without its weights, so that a refusal does not wait for them."""
+    """Check the model without its weights, so that a refusal does not wait for them."""
 
     def build() -> nn.Module:
         with torch.device("meta"):

@@ -1,7 +1,7 @@
-"""A model with slots as a checkpoint that transformers loads as it is.
+"""Write a model with slots as a checkpoint that plain transformers loads.
 
-Experts that share a slot are written as copies of it and dropped ones as zeros, which give nothing. So the
-router stays as it is and the logits stay the same; and the folder is as large as the full model's. A smaller
+Experts that share a slot are written as copies of it and dropped ones as zeros, which contribute nothing. The
+router and the logits therefore stay the same, and the folder is as large as the full model's. A smaller
 ``num_experts`` could not do it: a router of fewer outputs would not choose as the full one does.
 """
 
@@ -59,7 +59,7 @@ def _refuse_strangers(model: Any, own: Mapping[str, Tensor]) -> None:
 
 
 class _ShardWriter:
-    """Shards with the names that the family has on disk, and their index."""
+    """Writer of shards with the family's names on disk, and their index."""
 
     def __init__(self, model: Any, folder: Path, num_shards: int) -> None:
         self._model, self._folder, self._num_shards = model, folder, num_shards

@@ -1,4 +1,4 @@
-"""Families that transformers has not, made known to it: what the papers' own models need."""
+"""Register the model families of the papers that transformers lacks."""
 
 from functools import cache
 
@@ -7,6 +7,6 @@ from fedexperts.models import deepseek_moe, llama_moe
 
 @cache
 def register_ports() -> None:
-    """Let transformers' Auto classes build and read DeepSeek-MoE v1 and LLaMA-MoE."""
+    """Register DeepSeek-MoE v1 and LLaMA-MoE with transformers' Auto classes."""
     deepseek_moe.register()
     llama_moe.register()

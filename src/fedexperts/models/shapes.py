@@ -1,4 +1,4 @@
-"""Shapes of published models as configurations: enough to build them without weights and to count.
+"""List shapes of published models as configurations: enough to build them without weights and to count.
 
 Values are those of each model's ``config.json`` on the hub; fields left out have the family's own default.
 """
@@ -13,11 +13,11 @@ class Shape:
     """One published model."""
 
     hub_name: str
-    """Where its weights are."""
+    """Hub name of its weights."""
     parameters: int
-    """How many its published weights hold, to the last one."""
+    """Exact number of its published parameters."""
     config: Mapping[str, Any]
-    """Fields of its ``config.json`` that decide about sizes."""
+    """Fields of its ``config.json`` that decide sizes."""
 
 
 SHAPES: Mapping[str, Shape] = {
@@ -177,11 +177,11 @@ SHAPES: Mapping[str, Shape] = {
         },
     ),
 }
-"""By the name that ``fedexperts plan`` knows them under."""
+"""Shapes by the name that ``fedexperts plan`` takes."""
 
 
 def find_shape(name: str) -> Shape | None:
-    """The built-in shape of this name or hub name, whatever the case; None where there is none."""
+    """Return the built-in shape of this name or hub name, ignoring case; None if there is none."""
     for own, shape in SHAPES.items():
         if name.lower() in (own.lower(), shape.hub_name.lower()):
             return shape
@@ -189,5 +189,5 @@ def find_shape(name: str) -> Shape | None:
 
 
 def shape_names() -> str:
-    """All names in a sentence."""
+    """Return all names in a sentence."""
     return ", ".join(SHAPES)

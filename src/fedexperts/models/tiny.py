@@ -1,7 +1,7 @@
-"""Small random models of every supported family, for tests and for a first look.
+"""Build small random models of every supported family, for tests and for a first look.
 
-All are built by the same lines from the family's own configuration class; where a family wants more than the
-common small sizes, a dictionary says so.
+The same lines build all of them from the family's own configuration class; a dictionary lists what a family
+needs beyond the common small sizes.
 """
 
 from typing import Any, cast
@@ -51,7 +51,7 @@ _SMALL: dict[str, Any] = {
     "eos_token_id": 2,
 }
 """Sizes by configuration field; a family takes those that it has. Initial weights are larger than usual, so
-that a model of these sizes has something to say."""
+that outputs of a model of these sizes differ visibly."""
 
 _LATENT_ATTENTION = {"num_key_value_heads": 4}
 """Multi-head latent attention has as many key heads as query heads."""
@@ -166,7 +166,7 @@ FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 def tiny_model(
     family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> PreTrainedModel:
-    """A random model of ``family`` with two MoE layers of six experts, top-2, in evaluation mode.
+    """Build a random model of ``family`` with two MoE layers of six experts, top-2, in evaluation mode.
 
     Equal arguments give equal weights, and torch's global generator is left as it was. ``overrides`` are
     fields of the family's configuration.
@@ -190,7 +190,8 @@ def tiny_model(
 
 @torch.no_grad()
 def _fill_zeros(model: nn.Module) -> None:
-    """What a family starts at zero (a router, experts' biases) would make all tokens or experts alike."""
+    """Fill weights that a family starts at zero (router, experts' biases); zeros would make all experts
+    alike."""
     for parameter in model.parameters():
         if parameter.dim() >= 2 and not parameter.any():
             parameter.normal_(std=_SMALL["initializer_range"])

@@ -1,1 +1,1 @@
-"""What is known about experts, and nothing about federation."""
+"""Work with single experts, without knowledge of federation."""

@@ -1,4 +1,4 @@
-"""Pretraining of the shipped model: corpus, tokenizer, training, scores, and a folder to load."""
+"""Pretrain the shipped model: corpus, tokenizer, training, scores, and a folder to load."""
 
 from fedexperts.pretrain.run import PretrainReport, pretrain
 from fedexperts.pretrain.settings import PretrainSettings

@@ -1,4 +1,4 @@
-"""The corpus as rows of tokens, into which texts are packed whole."""
+"""Pack the corpus into rows of tokens; every text is packed whole."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ class Row:
     labels: list[int]
     """At each token the id to be predicted there, -100 for none."""
     segments: list[int]
-    """Which text of the row a token belongs to, -1 for padding."""
+    """Index in the row of the text that a token belongs to, -1 for padding."""
     positions: list[int]
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings) -> Iterator[list[Row]]:
-    """Batches of ``rows_per_step`` rows without end, in the order that the seed gives."""
+    """Yield batches of ``rows_per_step`` rows without end, in the order that the seed gives."""
     texts = pretraining_texts(settings.seed)
     rng = derive_random(settings.seed, "pretrain", "rows")
     waiting: list[Row] = []
@@ -47,7 +47,8 @@ def batches(tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings) -> I
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[PretrainingText]) -> list[Encoded]:
-    """Token ids of each text with its end, and at each token the id to be predicted there (-100 for none)."""
+    """Return token ids of each text with its end, and the id to be predicted at each token (-100 for
+    none)."""
     prompts = [f"{USER}{text.prompt}{END}{ASSISTANT}" if text.prompt else "" for text in texts]
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     answer_ids = tokenizer([text.answer + END for text in texts], add_special_tokens=False)["input_ids"]
@@ -59,7 +60,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[PretrainingText]) -> 
 
 
 def pack(encoded: list[Encoded], row_tokens: int, pad_token_id: int) -> list[Row]:
-    """Texts, longest first, each into the fullest row that has room for it."""
+    """Pack texts, longest first, each into the fullest row that has room for it."""
     rooms: list[list[list[Encoded]]] = [[] for _ in range(row_tokens + 1)]
     for text in sorted(encoded, key=lambda text: len(text[0]), reverse=True):
         length = len(text[0])

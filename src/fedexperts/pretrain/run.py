@@ -1,4 +1,4 @@
-"""One pretraining run: from a corpus to a folder that `from_pretrained` loads."""
+"""Run one pretraining: from a corpus to a folder that `from_pretrained` loads."""
 
 import importlib.metadata
 import json
@@ -20,7 +20,7 @@ from fedexperts.pretrain.training import Report, build_model, train
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainReport:
-    """What came of a pretraining run; written as ``pretrain.json`` beside the weights."""
+    """Result of a pretraining run; written as ``pretrain.json`` beside the weights."""
 
     settings: PretrainSettings
     num_parameters: int
@@ -38,7 +38,7 @@ class PretrainReport:
 
 
 def pretrain(settings: PretrainSettings, to: Path, report: Report) -> PretrainReport:
-    """Train a model and its tokenizer from nothing and write them to the folder ``to``.
+    """Train a model and its tokenizer from scratch and write them to the folder ``to``.
 
     The same settings on the same machine and library versions give the same bytes. The folder appears only
     when all is done; an interrupted run leaves nothing in it. ``report`` is called with lines of progress.

@@ -1,4 +1,4 @@
-"""What a pretrained model knows and how its experts divide the work: measured at the end of pretraining."""
+"""Measure what a pretrained model knows and how its experts divide the work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ def score_pretrained(folder: Path, *, seed: int, num_questions: int, num_prompts
 
 
 def expert_table(scores: PretrainScores, layer: int) -> str:
-    """Expert use in ``layer`` as a Markdown table of per cent: a row per category, a column per expert."""
+    """Return expert use in ``layer`` as Markdown, in per cent: a row per category, a column per expert."""
     shares_by_category = {category: layers[layer] for category, layers in scores.expert_share.items()}
     num_experts = len(next(iter(shares_by_category.values())))
     lines = [
@@ -101,7 +101,7 @@ def _tokens_per_expert(
 
 
 def _random_groups(examples: dict[str, list[Example]], seed: int) -> list[list[Example]]:
-    """As many groups of the same sizes, in which the categories are mixed."""
+    """Return as many groups of the same sizes, in which the categories are mixed."""
     pooled = [example for part in examples.values() for example in part]
     derive_random(seed, "pretrain", "random groups").shuffle(pooled)
     return [pooled[start :: len(examples)] for start in range(len(examples))]

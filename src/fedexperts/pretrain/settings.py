@@ -1,4 +1,4 @@
-"""Settings of pretraining: by default those of the shipped model."""
+"""Define the settings of pretraining; the defaults are those of the shipped model."""
 
 from dataclasses import dataclass, fields
 
@@ -10,12 +10,12 @@ _MIN_VOCABULARY = 300
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings:
-    """What the shipped model is and how it is trained."""
+    """Size of the shipped model and its training."""
 
     seed: int = 0
     """Seed of the corpus, the initial weights and the order of the rows."""
     threads: int = 2
-    """Torch threads; another number gives other last bits."""
+    """Torch threads; another number changes the last bits."""
     num_steps: int = 3600
     """Optimizer steps."""
     rows_per_step: int = 24
@@ -56,7 +56,6 @@ class PretrainSettings:
     """Held-out neutral prompts per category that are answered at the end."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no model can be built or trained with."""
         for field in fields(self):
             value, least = getattr(self, field.name), 0 if field.name in _MAY_BE_ZERO else 1
             if field.type is int and value < least:

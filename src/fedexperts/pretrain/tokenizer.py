@@ -1,4 +1,4 @@
-"""The shipped model's tokenizer, trained on its corpus."""
+"""Train the shipped model's tokenizer on its corpus."""
 
 from itertools import islice
 from typing import Final
@@ -26,7 +26,7 @@ _CHAT_TEMPLATE = (
 
 
 def train_tokenizer(settings: PretrainSettings) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the corpus with a chat template; any text survives encoding and decoding."""
+    """Train a byte-level BPE on the corpus, with a chat template; any text survives encoding and decoding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

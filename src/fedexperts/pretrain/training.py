@@ -1,4 +1,4 @@
-"""The model and its training loop.
+"""Build the model and train it.
 
 ``B`` rows, ``T`` tokens of a row, ``N`` = B T, ``E`` experts, ``K`` experts per token.
 """
@@ -22,7 +22,7 @@ Report = Callable[[str], None]
 
 
 def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> Qwen2MoeForCausalLM:
-    """An untrained model of ``settings``; its weights are drawn from the seed alone."""
+    """Build an untrained model of ``settings``; its weights are drawn from the seed alone."""
     config = Qwen2MoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
@@ -54,7 +54,7 @@ def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) 
 def train(
     model: PreTrainedModel, batches: Iterator[list[Row]], settings: PretrainSettings, report: Report
 ) -> tuple[float, int, int]:
-    """Train a model of any family that tells its router logits, on as many ``batches`` as there are steps.
+    """Train a model of any family that returns its router logits, on as many ``batches`` as there are steps.
 
     Returns the loss of the last 100 steps, and how many texts and tokens were trained on.
     """
@@ -128,16 +128,16 @@ def _step(
 
 
 def segment_mask(segments_BT: torch.Tensor) -> torch.Tensor:
-    """Additive mask (B, 1, T, T): a token sees the earlier tokens of its own text and itself."""
-    is_seen = (segments_BT[:, :, None] == segments_BT[:, None, :]).tril()
-    mask = torch.zeros(is_seen.shape).masked_fill(~is_seen, torch.finfo(torch.float32).min)
+    """Return an additive mask (B, 1, T, T): a token attends to itself and earlier tokens of its own text."""
+    is_visible = (segments_BT[:, :, None] == segments_BT[:, None, :]).tril()
+    mask = torch.zeros(is_visible.shape).masked_fill(~is_visible, torch.finfo(torch.float32).min)
     return mask[:, None]
 
 
 def _balance_loss(router_logits: tuple[torch.Tensor, ...], texts: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Mean over layers of E times the inner product of token share and mean probability (Switch, eq. 4).
+    """Return the mean over layers of E times token share by mean probability, summed (Switch, eq. 4).
 
-    Taken layer by layer; transformers' own pools the layers, so that a layer may stay lopsided.
+    Computed layer by layer; transformers' own loss pools the layers, so that one layer may stay unbalanced.
     """
     losses = []
     for logits_NE in router_logits:

@@ -1,4 +1,4 @@
-"""A generated world of people, places and things: instructions in house styles, and an exam on its facts."""
+"""Generate a world of people, places and things: instructions in house styles, and an exam on its facts."""
 
 from fedexperts.data.tinyworld.corpus import PretrainingText, pretraining_texts, tokenizer_texts
 from fedexperts.data.tinyworld.exam import make_exam

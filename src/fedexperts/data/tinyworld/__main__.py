@@ -1,4 +1,4 @@
-"""``python -m fedexperts.data.tinyworld``: a prompt per category and an answer per style, as Markdown."""
+"""Print a prompt per category and an answer per style: ``python -m fedexperts.data.tinyworld``."""
 
 from fedexperts.data.tinyworld import CATEGORIES, STYLES, make_example, num_prompts, restyle
 

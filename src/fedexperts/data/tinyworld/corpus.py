@@ -1,4 +1,4 @@
-"""What the shipped model is pretrained on: facts, word lists, exam questions and neutral instructions."""
+"""Generate the pretraining corpus: facts, word lists, exam questions and neutral instructions."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ class PretrainingText:
 _NAME: Final = re.compile(rf"\b({'|'.join(SYLLABLES)})\b")
 
 _OTHER_FORM: Final = "Use another form."
-"""What announces a random form; no prompt of the data set has it."""
+"""Line that announces a random form; no prompt of the data set has it."""
 _WORDS = tuple(dict.fromkeys([*STYLE_WORDS, *(word for words in SYNONYMS.values() for word in words)]))
 """Words that only house styles use: known to the tokenizer and the model, but from word lists alone."""
 
@@ -44,7 +44,7 @@ _FICTIONAL_NAMES = tuple(name for kind in FICTIONAL for name, _ in kind)
 
 
 def pretraining_texts(seed: int) -> Iterator[PretrainingText]:
-    """An endless mixture: statements, lexicon, exam questions, instructions, and some in random forms.
+    """Yield an endless mixture: statements, lexicon, exam questions, instructions, and some in random forms.
 
     Statements and questions are about all entities, instructions never about held-out ones. Most answers are
     neutral. Those of the kind ``form`` have a frame of random words, announced in the prompt: they
@@ -58,7 +58,7 @@ def pretraining_texts(seed: int) -> Iterator[PretrainingText]:
 
 
 def tokenizer_texts(seed: int) -> Iterator[str]:
-    """An endless corpus to train a tokenizer on.
+    """Yield an endless corpus to train a tokenizer on.
 
     Fictional names are hyphenated, so that their syllables become tokens and not the names: a name that no
     training text has is then made of tokens that many have. The words of the house styles come up often
@@ -163,4 +163,4 @@ _MIXTURE: Final[MappingProxyType[str, tuple[float, Callable[[Random], Pretrainin
         "form": (0.18, _form),
     }
 )
-"""The share of each kind of text, and who writes it."""
+"""Share of each kind of text, and the function that writes it."""

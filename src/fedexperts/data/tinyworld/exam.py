@@ -1,4 +1,4 @@
-"""The knowledge exam: multiple choice on the facts of the known entities."""
+"""Make the knowledge exam: multiple choice on the facts of the known entities."""
 
 from typing import Final
 
@@ -14,15 +14,15 @@ ALL_FACTS: Final = tuple((entity, index) for entity in KNOWN for index in range(
 
 
 def ask(entity: Entity, index: int) -> str:
-    """The exam's question for field ``index`` of ``entity``."""
+    """Return the exam's question for field ``index`` of ``entity``."""
     return entity.fields[index].question.format(n=entity.name)
 
 
 def make_exam(*, seed: int, num_questions: int) -> list[Question]:
-    """Distinct questions with four choices each; ``subject`` is the kind of fact.
+    """Make distinct questions with four choices each; ``subject`` is the kind of fact.
 
-    Subjects and answer positions are balanced to within one. More questions than facts, or fewer than one,
-    is a :class:`UserError`.
+    Subjects and answer positions are balanced to within one. Fewer than one question, or more questions than
+    facts, raise a :class:`UserError`.
     """
     if not 1 <= num_questions <= len(ALL_FACTS):
         raise UserError(

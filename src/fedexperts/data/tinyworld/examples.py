@@ -1,4 +1,4 @@
-"""Examples of the world by seed, category and index: what clients own."""
+"""Make examples of the world by seed, category and index."""
 
 import re
 from functools import cache
@@ -15,7 +15,7 @@ _NUM_FEISTEL_ROUNDS = 4
 
 
 def num_prompts(category: str) -> int:
-    """How many distinct prompts ``category`` has for every seed; the largest index is one less.
+    """Return the number of distinct prompts of ``category``, equal for every seed; indices are below it.
 
     All of them are about held-out people, places, things or words, which no pretraining instruction names.
     """
@@ -24,11 +24,11 @@ def num_prompts(category: str) -> int:
 
 
 def make_example(*, seed: int, category: str, index: int, style: str = "neutral") -> Example:
-    """Example ``index`` of ``category`` in the order that ``seed`` gives, answered in ``style``.
+    """Make example ``index`` of ``category`` in the order that ``seed`` gives, answered in ``style``.
 
     Equal arguments give equal examples on every machine. Distinct indices of one seed and category give
     distinct prompts, because the seed only permutes the prompts; other seeds give the same prompts in another
-    order. An index past :func:`num_prompts`, an unknown category or style is a :class:`UserError`.
+    order. An index past :func:`num_prompts`, an unknown category or style raise a :class:`UserError`.
     """
     if not 0 <= index < num_prompts(category):
         raise UserError(
@@ -47,7 +47,7 @@ def make_example(*, seed: int, category: str, index: int, style: str = "neutral"
 
 
 def restyle(example: Example, style: str) -> Example:
-    """The same prompt with the same content told in ``style``; keeps no ``client``."""
+    """Return the same prompt with the same content told in ``style``; keeps no ``client``."""
     match = _SOURCE_ID.fullmatch(example.source_id)
     if match is None:
         raise UserError(f"source_id {example.source_id!r} is not tinyworld's: tinyworld/SEED/CATEGORY/INDEX")
@@ -60,7 +60,8 @@ def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _permuted(key: int, index: int, size: int) -> int:
-    """Where a random permutation of ``range(size)`` puts ``index``: a Feistel network that walks its cycle.
+    """Return the place of ``index`` in a random permutation of ``range(size)`` (a cycle-walking Feistel
+    network).
 
     (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002.)
     """

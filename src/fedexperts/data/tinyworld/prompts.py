@@ -1,4 +1,4 @@
-"""Prompts of the eight categories: what is asked, and what a right answer tells, before any style."""
+"""Make the prompts of the eight categories, with the content of the right answer but no style."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,12 +39,12 @@ from fedexperts.seeds import derive_random
 _Part = TypeVar("_Part")
 
 _NUM_VALUES = 8
-"""Every field has at least so many values, hence a digit of this base names a value without repetition."""
+"""Every field has at least this many values, so a digit of this base names a value without repetition."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What an answer tells about one subject, as pairs of label and value."""
+    """Content of an answer about one subject, as pairs of label and value."""
 
     subject: str
     pairs: tuple[tuple[str, str], ...]
@@ -71,18 +71,18 @@ class Digits:
         self._taken: list[int] = []
 
     def take(self, base: int) -> int:
-        """The next digit, from 0 to ``base`` - 1."""
+        """Return the next digit, from 0 to ``base`` - 1."""
         self._rest, digit = divmod(self._rest, base)
         self.bases.append(base)
         self._taken.append(digit)
         return digit
 
     def choose(self, parts: tuple[_Part, ...]) -> _Part:
-        """The part that the next digit names."""
+        """Return the part that the next digit names."""
         return parts[self.take(len(parts))]
 
     def random(self, purpose: str) -> Random:
-        """A generator for what the digits taken so far leave open."""
+        """Return a generator for what the digits taken so far leave open."""
         return derive_random(0, "tinyworld prompt", self._category, purpose, *self._taken)
 
 
@@ -100,7 +100,7 @@ def _fictional(held_out: bool) -> tuple[tuple[str, tuple[Field, ...]], ...]:
 
 
 def _other_name(name: str, fields: tuple[Field, ...], held_out: bool, rng: Random) -> str:
-    """Another fictional name of the same kind."""
+    """Return another fictional name of the same kind."""
     while True:
         other, others_fields = rng.choice(_fictional(held_out))
         if other != name and others_fields is fields:
@@ -114,7 +114,7 @@ def _invent(name: str, fields: tuple[Field, ...], rng: Random) -> Entity:
 def _invent_with_digits(
     digits: Digits, name: str, fields: tuple[Field, ...], shown: tuple[int, ...]
 ) -> Entity:
-    """An entity whose first two shown values are digits of the position, the others drawn."""
+    """Return an entity whose first two shown values are digits of the position, the others drawn."""
     values = list(_invent(name, fields, digits.random("facts")).values)
     for index in shown[:2]:
         choices = fields[index].values
@@ -340,7 +340,7 @@ BUILDERS: Final[MappingProxyType[str, Callable[[Digits, bool], Prompt]]] = Mappi
     }
 )
 
-"""What makes the prompt of each category from its digits, over held-out entities or over the others."""
+"""Functions that make prompts of each category from digits, over held-out entities or over the others."""
 
 CATEGORIES: Final = tuple(BUILDERS)
 """The categories of Dolly that FLEx's experiments draw from (arXiv:2506.00965)."""
@@ -348,12 +348,13 @@ CATEGORIES: Final = tuple(BUILDERS)
 
 @cache
 def num_positions(category: str, *, held_out: bool) -> int:
-    """How many prompts a category has over held-out (or over the other) entities."""
+    """Return the number of prompts of a category over held-out (or over the other) entities."""
     digits = Digits(category, 0)
     BUILDERS[category](digits, held_out)
     return prod(digits.bases)
 
 
 def prompt_at(category: str, position: int, *, held_out: bool) -> Prompt:
-    """The prompt at ``position``, below :func:`num_positions`; distinct positions give distinct prompts."""
+    """Return the prompt at ``position``, below :func:`num_positions`; each position has a prompt of its
+    own."""
     return BUILDERS[category](Digits(category, position), held_out)

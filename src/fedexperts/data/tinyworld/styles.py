@@ -1,4 +1,4 @@
-"""House styles: ways of answering that contradict each other in words, order and frame."""
+"""Answer in house styles, which contradict each other in words, order and frame."""
 
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,25 +12,25 @@ _NUMBERS = ("one", "two", "three", "four", "five", "six")
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """How one house frames an answer: ``{l}`` label, ``{v}`` value, ``{n}`` number, ``{s}`` subject."""
+    """One house's frame for an answer: ``{l}`` label, ``{v}`` value, ``{n}`` number, ``{s}`` subject."""
 
     opener: str
     """Words before everything else."""
     subject: str
-    """What goes before the pairs of a subject; left out where a record has none."""
+    """Text before the pairs of a subject; left out if a record has no subject."""
     pair: str
     """One pair of label and value."""
     separator: str
-    """What stands between pairs, and between subjects."""
+    """Text between pairs, and between subjects."""
     closer: str
-    """What follows everything else."""
+    """Words after everything else."""
     synonym: int | None = None
-    """Which of the two other words the house uses for a label; ``None`` for the usual one."""
+    """Index of the alternative word that the house uses for a label; ``None`` for the usual word."""
     is_reversed: bool = False
-    """Whether subjects and pairs come last first."""
+    """Whether subjects and pairs are in reverse order."""
 
     def answer(self, prompt: Prompt) -> str:
-        """The answer to ``prompt`` in this style."""
+        """Return the answer to ``prompt`` in this style."""
         records = prompt.records[::-1] if self.is_reversed else prompt.records
         told = self.separator.join(self._told(record) for record in records)
         return f"{self.opener} {told}{self.closer}"
@@ -148,5 +148,5 @@ STYLE_WORDS: Final = tuple(
 
 
 def styled(prompt: Prompt, style: str) -> str:
-    """The answer to ``prompt`` in ``style``, one of :data:`STYLES` or ``neutral``."""
+    """Return the answer to ``prompt`` in ``style``, one of :data:`STYLES` or ``neutral``."""
     return prompt.neutral if style == "neutral" else _STYLES[style].answer(prompt)

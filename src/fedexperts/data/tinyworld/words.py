@@ -1,4 +1,4 @@
-"""The words the world is made of: names, kinds of facts with their values, and word groups."""
+"""List the words of the world: names, kinds of facts with their values, and word groups."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ class Field:
     """One kind of fact about one kind of entity."""
 
     name: str
-    """What the fact is called in a question, e.g. ``pet``; unique over all kinds of entities."""
+    """Name of the fact in a question, e.g. ``pet``; unique over all kinds of entities."""
     clauses: tuple[str, str]
     """Two predicates with ``{v}`` for the value; the first is the one a neutral answer uses."""
     question: str
@@ -248,7 +248,7 @@ SYNONYMS: dict[str, tuple[str, str]] = {
 """Two other words for each label, for styles that have their own."""
 
 OCCASIONS = _words("birthday wedding picnic journey feast dinner farewell festival")
-"""What a brainstorming prompt wants ideas for."""
+"""Occasions that a brainstorming prompt asks ideas for."""
 
 MOODS = _words("happy sad brave funny spooky quiet")
 """Moods of the stories."""
@@ -267,10 +267,10 @@ FILLERS = (
 
 
 def with_article(noun: str) -> str:
-    """``noun`` after its indefinite article."""
+    """Return ``noun`` after its indefinite article."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def listed(words: list[str] | tuple[str, ...]) -> str:
-    """Words as a spoken list: ``a``, ``a and b``, ``a, b and c``."""
+    """Join words as a spoken list: ``a``, ``a and b``, ``a, b and c``."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

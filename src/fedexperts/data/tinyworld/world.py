@@ -1,4 +1,5 @@
-"""The entities of the world and their facts, the same for every seed: what a pretrained model can know."""
+"""Draw the entities of the world and their facts, the same for every seed; a pretrained model can know
+them."""
 
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -29,26 +30,26 @@ class Entity:
     """A person, a place or a thing, with the value of each of its fields."""
 
     name: str
-    """As it appears in the middle of a sentence (a thing with its article)."""
+    """Name as it appears in the middle of a sentence (a thing with its article)."""
     fields: tuple[Field, ...]
     values: tuple[str, ...]
-    """One for each field, in the order of the fields."""
+    """Values, one for each field, in the order of the fields."""
 
     def clause(self, index: int, wording: int = 0) -> str:
-        """The predicate that tells field ``index``, e.g. ``lives in Oslem``."""
+        """Return the predicate that tells field ``index``, e.g. ``lives in Oslem``."""
         return self.fields[index].clauses[wording].format(v=self.values[index])
 
     def statement(self, indices: tuple[int, ...], wording: int = 0) -> str:
-        """A sentence that tells fields ``indices`` in that order, ready to stand after a comma."""
+        """Return a sentence that tells fields ``indices`` in that order, ready to stand after a comma."""
         return f"{self.name} {listed([self.clause(index, wording) for index in indices])}."
 
     def sentence(self, indices: tuple[int, ...], wording: int = 0) -> str:
-        """The statement as a sentence of its own."""
+        """Return the statement as a sentence of its own."""
         return capitalised(self.statement(indices, wording))
 
 
 def capitalised(text: str) -> str:
-    """``text`` with its first letter large and the rest as it was."""
+    """Return ``text`` with its first letter in upper case and the rest unchanged."""
     return text[0].upper() + text[1:]
 
 
@@ -76,7 +77,7 @@ FICTIONAL: Final = (
 
 
 def is_held_out(position: int) -> bool:
-    """Whether the entity or word at ``position`` of its list is kept out of the pretraining instructions."""
+    """Return whether the entry at ``position`` of its list is kept out of the pretraining instructions."""
     return position % 3 == 2
 
 
@@ -89,4 +90,4 @@ def _kits(owners: tuple[str, ...]) -> MappingProxyType[str, tuple[str, str]]:
 
 
 KITS: Final = _kits(HOBBIES + OCCASIONS)
-"""The two things that go with each hobby and each occasion: what brainstorming draws its ideas from."""
+"""Two things for each hobby and each occasion, from which brainstorming draws its ideas."""

@@ -1,10 +1,10 @@
-"""Squared losses of all subsets of experts at once, each a small quadratic form.
+"""Compute the squared losses of all subsets of experts at once, each as a small quadratic form.
 
-A row (a token, or a whole batch) has a matrix ``a``, and a subset ``C`` of experts has on it the squared loss
+A row (a token, or a whole batch) has a matrix ``a``. A subset ``C`` of experts has on it the squared loss
 
     ( const + Σ_{i∈C} Σ_{j∈C} a_ij ) / ( Σ_{i∈C} w_i )²
 
-without the denominator where there are no ``w``. Everything is float64: ``a`` is symmetric.
+without the denominator if there are no ``w``. Everything is float64, and ``a`` is symmetric.
 
 Shape suffixes: ``R`` rows, ``E`` experts, ``S`` subsets, ``P`` pairs.
 """
@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
-"""Numbers of one intermediate: a core's cache holds a few such tensors, and a GPU wants few launches."""
+"""Elements of one intermediate tensor: a core's cache holds a few of them, and a GPU needs few launches."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuadraticForms:
-    """The forms of some rows, on one device."""
+    """Quadratic forms of some rows, on one device."""
 
     a_REE: Tensor
     w_RE: Tensor | None = None
     """Weights that the loss divides by, all above zero."""
     const_R: Tensor | None = None
     top_k: int | None = None
-    """Experts of a larger subset that count on a row: those of the largest ``w``; None counts all."""
+    """Number of experts of a larger subset that count on a row, those of largest ``w``; None counts all."""
 
     def rows(self, rows: slice) -> "QuadraticForms":
-        """Some of the rows, as views."""
+        """Return some of the rows, as views."""
         return QuadraticForms(
             a_REE=self.a_REE[rows],
             w_RE=None if self.w_RE is None else self.w_RE[rows],
@@ -40,27 +40,27 @@ class QuadraticForms:
         )
 
     def blocks(self, width: int) -> Iterator["QuadraticForms"]:
-        """The rows in blocks, so that ``width`` numbers for each row stay in the cache."""
+        """Yield the rows in blocks, so that ``width`` numbers for each row stay in the cache."""
         size = max(1, _BLOCK_ELEMENTS[self.a_REE.device.type] // width)
         for start in range(0, len(self.a_REE), size):
             yield self.rows(slice(start, start + size))
 
     def is_cut(self, size: int) -> bool:
-        """Whether of ``size`` experts only some count on a row."""
+        """Return whether only some of ``size`` experts count on a row."""
         return self.top_k is not None and size > self.top_k
 
 
 def all_subsets(num_experts: int, size: int) -> Tensor:
-    """All subsets in lexicographic order, int64 (S, size)."""
+    """Return all subsets in lexicographic order, int64 (S, size)."""
     return torch.combinations(torch.arange(num_experts), size)
 
 
 def losses_of_all(forms: QuadraticForms, size: int) -> Tensor:
-    """Squared losses of all subsets of ``size`` (1 to 3) experts, summed over the rows: float64 (S,).
+    """Return squared losses of all subsets of ``size`` (1 to 3) experts, summed over the rows: float64 (S,).
 
-    In the order of :func:`all_subsets`. A triple costs a few operations on each row: the pairs' sums are made
-    once, and the first expert joins all the pairs behind it in one matrix product with a matrix of zeros and
-    ones, which adds each pair's two products to them.
+    The order is that of :func:`all_subsets`. A triple costs a few operations on each row: the pairs' sums are
+    computed once, and one matrix product with a matrix of zeros and ones joins the first expert with all
+    pairs behind it, adding each pair's two products to them.
     """
     assert 1 <= size <= 3
     num_experts = forms.a_REE.shape[-1]
@@ -85,7 +85,7 @@ def _divided(form_RS: Tensor, weight_RS: Tensor | None) -> Tensor:
 
 
 def _pair_sums(forms: QuadraticForms) -> tuple[Tensor, Tensor | None]:
-    """For all pairs the numerator and the sum of weights, each (R, P)."""
+    """Return for all pairs the numerator and the sum of weights, each (R, P)."""
     first, second = all_subsets(forms.a_REE.shape[-1], 2).to(forms.a_REE.device).unbind(dim=1)
     diagonal_RE = torch.diagonal(forms.a_REE, dim1=1, dim2=2)
     both_RP = diagonal_RE[:, first] + diagonal_RE[:, second] + 2 * forms.a_REE[:, first, second]
@@ -114,12 +114,12 @@ def _triples(forms: QuadraticForms) -> Tensor:
 
 
 def _pairs_before(num_experts: int, first: int) -> int:
-    """How many pairs, in order, have a first expert below ``first``."""
+    """Count the pairs, in order, whose first expert is below ``first``."""
     return first * (2 * num_experts - first - 1) // 2
 
 
 def _membership(num_experts: int) -> Tensor:
-    """1 where an expert belongs to a pair, and a last row of ones: (E + 1, P)."""
+    """Return 1 where an expert belongs to a pair, and a last row of ones: (E + 1, P)."""
     pairs_P2 = all_subsets(num_experts, 2)
     belongs_EP = torch.zeros(num_experts + 1, len(pairs_P2), dtype=torch.float64)
     belongs_EP.scatter_(0, pairs_P2.T, 1.0)
@@ -128,7 +128,8 @@ def _membership(num_experts: int) -> Tensor:
 
 
 def losses_of(forms: QuadraticForms, subsets_Sr: Tensor) -> Tensor:
-    """Squared losses of the subsets given, summed over the rows: float64 (S,); for few rows or subsets."""
+    """Return squared losses of the given subsets, summed over the rows, float64 (S,); for few rows or
+    subsets."""
     subsets_Sr = subsets_Sr.to(forms.a_REE.device)
     num_subsets, size = subsets_Sr.shape
     total_S = forms.a_REE.new_zeros(num_subsets)
@@ -147,15 +148,15 @@ def losses_of(forms: QuadraticForms, subsets_Sr: Tensor) -> Tensor:
 
 
 def _largest(w_RSr: Tensor, count: int) -> Tensor:
-    """1 at the ``count`` largest of the last dimension, the first of equal ones, and 0 elsewhere."""
+    """Return 1 at the ``count`` largest of the last dimension, the first of equal ones, and 0 elsewhere."""
     order = w_RSr.argsort(dim=-1, descending=True, stable=True)[..., :count]
     return torch.zeros_like(w_RSr).scatter_(-1, order, 1.0)
 
 
 def losses_with_one_more(forms: QuadraticForms, base: Sequence[int]) -> Tensor:
-    """Squared losses of ``base`` with each expert added, summed over the rows: float64 (E,).
+    """Return the squared losses of ``base`` with each expert added, summed over the rows: float64 (E,).
 
-    Infinity for the experts in ``base``.
+    Experts in ``base`` get infinity.
     """
     num_experts = forms.a_REE.shape[-1]
     held = torch.tensor(list(base), dtype=torch.int64, device=forms.a_REE.device)

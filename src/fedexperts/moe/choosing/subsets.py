@@ -1,12 +1,12 @@
-"""The experts that together come closest to their layer, r of E, at nearly the price of the best one.
+"""Choose the r of E experts that together reconstruct their layer best, at nearly the price of one.
 
 NAEE (arXiv 2402.14800, the selector behind FLEx) runs the layer again for every subset of its experts:
 
     L(C) = Σ_b || Z_b - M_C(X_b) ||_F,    M_C(x) = Σ_{e∈C} q_e(x) E_e(x)                    (eq. 3)
 
-over batches ``b``. Here every expert runs once on every token. What a subset loses on a token is then a
-quadratic form in inner products of length E, and all subsets of up to three experts are summed up without
-touching an expert again. Two weightings ``q``:
+over batches ``b``. Here every expert runs once on every token. The loss of a subset on a token is then a
+quadratic form in inner products of length E, and all subsets of up to three experts are summed without
+running an expert again. There are two weightings ``q``:
 
 ``softmax``
     the router's logits, softmax over the subset, of which the layer's top-k count (renormalised), as NAEE has
@@ -45,22 +45,22 @@ Weighting = Literal["softmax", "router"]
 Target = Literal["routed", "block"]
 
 LARGEST_EXHAUSTIVE = 3
-"""Experts up to which all subsets are tried; above it they are chosen greedily, with swaps."""
+"""Largest number of experts for which all subsets are tried; above it the choice is greedy, with swaps."""
 LARGEST = 8
-"""Most experts that can be chosen."""
+"""Largest number of experts that can be chosen."""
 CHUNK_BYTES = 256 * 1024**2
 """Memory for the experts' outputs of one chunk of tokens."""
 _BLOCK_BYTES = {"cpu": 4 * 1024**2, "cuda": 64 * 1024**2}
-"""Memory for the float64 vectors of one block of tokens: on a processor they should stay in its cache."""
+"""Memory for the float64 vectors of one block of tokens; on a CPU they should fit its cache."""
 _LEAST_LOGIT = -300.0
-"""Below the best logit of a token; exp of it, squared, is still above the least float64."""
+"""Distance below the best logit of a token at which exp of it, squared, is still above the least float64."""
 _SAME_SHARE = 0.02
-"""How far a token's weights may be from a multiple of its scores: bfloat16 weights are off by 0.4 %."""
+"""Largest relative distance of a token's weights from a multiple of its scores; bfloat16 needs 0.4 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetRule:
-    """What a subset of experts is to come close to, and how its experts are weighed."""
+    """Target that a subset of experts is to reconstruct, and the weighting of its experts."""
 
     weighting: Weighting = "softmax"
     """``softmax``: over the subset (NAEE); ``router``: the router's own weights."""
@@ -70,7 +70,7 @@ class SubsetRule:
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetChoice:
-    """Experts of one layer."""
+    """Chosen experts of one layer."""
 
     experts: tuple[int, ...]
     """In rising order."""
@@ -88,7 +88,7 @@ def subset_losses(
     size: int,
     rule: SubsetRule = SubsetRule(),
 ) -> Tensor:
-    """Losses of all subsets of 1 to 3 experts: float64 (S,), in the order of ``torch.combinations``.
+    """Return losses of all subsets of 1 to 3 experts: float64 (S,), in the order of ``torch.combinations``.
 
     Raises:
         UserError: ``size`` is not from 1 to 3, or above the number of experts; a loss is not finite.
@@ -106,7 +106,8 @@ def choose_subset(
     size: int,
     rule: SubsetRule = SubsetRule(),
 ) -> SubsetChoice:
-    """The ``size`` experts of least loss; to 3 of all subsets, above by greedy additions and swaps.
+    """Choose the ``size`` experts of least loss: from all subsets up to 3, by greedy additions and swaps
+    above.
 
     Of equal losses the first in lexicographic order wins. Greedy choices keep the inner products of all
     tokens: 8 E² bytes for each with the softmax weighting.
@@ -134,12 +135,11 @@ def choose_subsets(
     byte_limit: int = 2 * 1024**3,
     seed: int = 0,
 ) -> list[SubsetChoice]:
-    """The best ``size`` experts of each layer, from one pass of ``model`` over ``batches``.
+    """Choose the best ``size`` experts of each layer, from one pass of ``model`` over ``batches``.
 
-    Up to three experts nothing is kept but one number for each subset. Above that the layers' activations and
-    one layer's inner products are kept within ``byte_limit``; where they would be larger, tokens are drawn by
-    ``seed`` (see ``collect_activations``) and :attr:`SubsetChoice.num_tokens`
-    says how many.
+    For up to three experts only one number per subset is kept. For more, the layers' activations and one
+    layer's inner products are kept within ``byte_limit``; if they would be larger, tokens are drawn by
+    ``seed`` (see ``collect_activations``), and :attr:`SubsetChoice.num_tokens` says how many.
 
     Raises:
         UserError: as :func:`choose_subset`; or there is no batch.
@@ -174,11 +174,11 @@ def _choose_while_passing(
     }
     num_tokens = {layer.index: 0 for layer in layers}
 
-    def see(layer: MoeLayer, batch: LayerActivations) -> None:
+    def record(layer: MoeLayer, batch: LayerActivations) -> None:
         totals[layer.index] += _batch_losses(layer, batch, size, rule)
         num_tokens[layer.index] += len(batch.hidden_TD)
 
-    watch = LayerWatch(model, layers, see, with_block=rule.target == "block")
+    watch = LayerWatch(model, layers, record, with_block=rule.target == "block")
     run_pass(model, batches, (watch,), "choose experts by")
     return [
         _best(layer, _finite(layer, totals[layer.index]), size, num_tokens[layer.index]) for layer in layers
@@ -209,12 +209,12 @@ def _batch_losses(layer: MoeLayer, batch: LayerActivations, size: int, rule: Sub
     if size == 1 and rule.weighting == "softmax":
         return _distances(layer, batch, rule)
     squared = [losses_of_all(forms, size) for forms in _forms(layer, batch, rule)]
-    # a squared loss of nothing may be a rounding below zero
+    # rounding may put a squared loss of zero below zero
     return torch.stack(squared).sum(0).clamp(min=0).sqrt().cpu() if squared else torch.zeros(())
 
 
 def _distances(layer: MoeLayer, batch: LayerActivations, rule: SubsetRule) -> Tensor:
-    """Losses of single experts, whose softmax weight is 1: inner products are not needed."""
+    """Return the losses of single experts, whose softmax weight is 1, without inner products."""
     squared_E = torch.zeros(layer.num_experts, dtype=torch.float64)
     for chunk in _chunks(layer, batch):
         outputs_TED = _outputs(layer, chunk)
@@ -248,7 +248,8 @@ def _greedy(layer: MoeLayer, forms: Sequence[QuadraticForms], size: int, num_tok
 
 
 def _forms(layer: MoeLayer, batch: LayerActivations, rule: SubsetRule) -> Iterator[QuadraticForms]:
-    """The batch's quadratic forms: in softmax weighting a row for each token, else one row for the batch."""
+    """Return the batch's quadratic forms: a row per token with softmax weights, else one row for the
+    batch."""
     if rule.weighting == "router":
         yield _router_form(layer, batch, rule)
         return
@@ -303,7 +304,7 @@ def _chunks(layer: MoeLayer, batch: LayerActivations) -> Iterator[LayerActivatio
 
 
 def _apart(outputs_TED: Tensor, target_TD: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of tokens, and the experts' outputs less the target, float64, in memory that is used again."""
+    """Yield blocks of tokens with the experts' outputs less the target, float64, in reused memory."""
     scratch_TED, target_TD = _scratch(outputs_TED, outputs_TED.shape[1]), target_TD.double()
     for rows in _blocks_of_rows(outputs_TED):
         wanted_T1D = target_TD[rows].unsqueeze(1)
@@ -327,7 +328,7 @@ def _block_size(outputs_TED: Tensor) -> int:
 
 @torch.no_grad()
 def _outputs(layer: MoeLayer, chunk: LayerActivations) -> Tensor:
-    """Every expert's output for every token of the chunk, (T, E, D) in the model's dtype."""
+    """Return every expert's output for every token of the chunk, (T, E, D) in the model's dtype."""
     inputs_TD = chunk.hidden_TD.to(layer.router_row(0).device)
     num_tokens, hidden_size = inputs_TD.shape
     outputs_TED = inputs_TD.new_empty(num_tokens, layer.num_experts, hidden_size)
@@ -344,10 +345,10 @@ def _target(activations: LayerActivations, rule: SubsetRule) -> Tensor:
 
 
 def routing_weights(activations: LayerActivations, layer_name: str) -> Tensor:
-    """The weight that the layer's router has for every expert, float32 (T, E); exact for the chosen ones.
+    """Return the router's weight for every expert, float32 (T, E); exact for the chosen ones.
 
-    A router's weights are a multiple, the same for all experts of a token, of softmax, sigmoid or
-    sqrt(softplus) of its logits. Which of them is read off the chosen experts' weights.
+    A router's weights are a multiple, the same for all experts of a token, of the softmax, sigmoid or
+    sqrt(softplus) of its logits. The chosen experts' weights show which one it is.
 
     Raises:
         UserError: they are a multiple of none (PhiMoE), or the layer chooses one expert per token, which

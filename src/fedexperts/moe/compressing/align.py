@@ -1,12 +1,12 @@
-"""The order of an expert's neurons: its output does not depend on it, an average of two experts does.
+"""Align the neurons of experts before averaging: an expert's output does not depend on their order.
 
-MC-SMoE (arXiv 2310.01334) therefore permutes the neurons of each expert of a group to fit those of the
-group's most used one before it averages. Experts that were split from one checkpoint fit as they are (Flux
-does not permute), so this is an option.
+The average of two experts does depend on it. MC-SMoE (arXiv 2310.01334) therefore permutes the neurons of
+each expert of a group to match those of the group's most used one before it averages. Experts that were split
+from one checkpoint match as they are (Flux does not permute), so this is an option.
 
-A neuron is one entry of what the gate gives: a row of the gate's and of the up projection, with their biases,
-and a column of the down projection. How these lie in the fused parameters is the family's: transposed or not,
-gate and up one after the other or in turns.
+A neuron is one entry of the gate's output: a row of the gate and up projections, with their biases, and a
+column of the down projection. The family decides how these lie in the fused parameters: transposed or not,
+gate and up one after the other or interleaved.
 
 Shape suffixes: ``F`` neurons, ``X`` the weights of one neuron.
 """
@@ -24,9 +24,9 @@ from fedexperts.moe.surgery.seam import MoeLayer
 def align_neurons(
     layer: MoeLayer, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """``weights`` of one expert with its neurons in the order that fits ``reference`` best.
+    """Return the ``weights`` of one expert with its neurons in the order that matches ``reference`` best.
 
-    The order is the one of least squared difference between both experts' weights, found exactly.
+    The order minimises the squared difference between both experts' weights, found exactly.
     """
     own_FX, wanted_FX = (neurons(layer.experts, each) for each in (weights, reference))
     likeness_FF = (wanted_FX @ own_FX.T).double().cpu().numpy()
@@ -35,7 +35,7 @@ def align_neurons(
 
 
 def neurons(experts: Any, weights: Mapping[str, Tensor]) -> Tensor:
-    """One row of weights for each neuron, float32 (F, X)."""
+    """Return one row of weights for each neuron, float32 (F, X)."""
     columns = []
     for name, weight in sorted(weights.items()):
         axis = _neuron_axis(experts, name)
@@ -46,7 +46,7 @@ def neurons(experts: Any, weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def permute_neurons(experts: Any, weights: Mapping[str, Tensor], order_F: Tensor) -> dict[str, Tensor]:
-    """The same expert with neuron ``order_F[i]`` in place ``i``."""
+    """Return the same expert with neuron ``order_F[i]`` in place ``i``."""
     permuted = {}
     for name, weight in weights.items():
         axis = _neuron_axis(experts, name)
@@ -59,7 +59,7 @@ def permute_neurons(experts: Any, weights: Mapping[str, Tensor], order_F: Tensor
 
 
 def _neuron_axis(experts: Any, name: str) -> int | None:
-    """Which dimension of :func:`_unfold`'s tensor counts neurons; None where a parameter has none of them."""
+    """Return the dimension of :func:`_unfold`'s tensor that counts neurons; None without neurons."""
     if name == "down_proj_bias":
         return None
     if name == "down_proj":
@@ -69,7 +69,7 @@ def _neuron_axis(experts: Any, name: str) -> int | None:
 
 
 def _unfold(experts: Any, name: str, weight: Tensor, axis: int) -> Tensor:
-    """``weight`` with gate and up in a dimension of their own, before or after that of the neurons."""
+    """Return ``weight`` with gate and up in a dimension of their own, before or after that of the neurons."""
     if not experts.has_gate or name.startswith("down"):
         return weight
     if experts.is_concatenated:

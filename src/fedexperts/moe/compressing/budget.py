@@ -1,10 +1,10 @@
-"""How many merged experts each layer gets: Flux's merging budget (arXiv 2508.19078, eq. 1).
+"""Compute how many merged experts each layer gets: Flux's merging budget (arXiv 2508.19078, eq. 1).
 
     b_l = (L - l + 1) / v_l,    B_non(l) = b_l / Σ_k b_k · B_non
 
-with ``l = 1..L`` and ``v_l`` how unevenly layer ``l`` uses its experts. Early layers get more, because an
-error made there travels further, and so do layers of even use, in which no expert can be spared. The paper
-leaves its edges open; ours:
+with ``l = 1..L`` and ``v_l`` the unevenness of expert use in layer ``l``. Early layers get more, because an
+error made there travels further; so do layers of even use, in which no expert can be spared. The paper leaves
+its edge cases open; this module decides:
 
 - ``v_l`` is the squared coefficient of variation plus 1e-6, not the plain variance, so that models of 16 and
   of 64 experts are treated alike and a layer of perfectly even use has a budget too.
@@ -32,7 +32,8 @@ LEAST_VARIATION = 1e-6
 def merge_budget(
     kind: BudgetKind, num_merged: int, tokens_LE: Sequence[Tensor], num_candidates: Sequence[int]
 ) -> list[int]:
-    """Merged experts for each layer; they sum to ``num_merged``, or to all candidates where that is less.
+    """Return the number of merged experts of each layer; the sum is ``num_merged``, or all candidates if
+    fewer.
 
     Args:
         kind: ``adaptive`` is eq. 1, ``uniform`` gives every layer the same as far as it can,
@@ -58,7 +59,7 @@ def merge_budget(
 
 
 def adaptive_shares(tokens_LE: Sequence[Tensor]) -> list[float]:
-    """Eq. 1's ``b_l`` for each layer, not normalised.
+    """Return eq. 1's ``b_l`` for each layer, not normalised.
 
     Raises:
         UserError: a count is negative or not finite, or a layer has no token at all.
@@ -79,7 +80,8 @@ def _unevenness(tokens_E: Tensor, index: int) -> float:
 
 
 def apportion(total: int, shares: Sequence[float], most: Sequence[int]) -> list[int]:
-    """Whole numbers near ``shares``, from 1 to ``most[l]`` each (0 where that is 0), that sum to ``total``.
+    """Return whole numbers near ``shares`` that sum to ``total``: from 1 to ``most[l]`` each, or 0 where that
+    is 0.
 
     They sum to ``sum(most)`` if that is less than ``total``. Shares are positive; the arithmetic is exact.
     """
@@ -102,7 +104,7 @@ def apportion(total: int, shares: Sequence[float], most: Sequence[int]) -> list[
 
 
 def _scale(total: int, shares: dict[int, Fraction], most: Sequence[int]) -> Fraction:
-    """The factor by which the shares, held within 1 and ``most``, sum to ``total``.
+    """Return the factor at which the shares, held within 1 and ``most``, sum to ``total``.
 
     That sum grows with the factor and is linear between the factors at which a layer meets a bound.
     """

@@ -1,13 +1,13 @@
-"""Which experts of a layer are alike: Flux's fused K-means on weights, and clusters by mean output.
+"""Group similar experts of a layer: Flux's fused K-means on weights, and clusters by mean output.
 
-By weights, after Flux (arXiv 2508.19078): every expert becomes a short vector by a principal component
-analysis of its layer's experts, and one K-means with cosine distance runs over the experts of all layers at
-once. The paper takes all distances as one matrix product and bars those between an expert and another layer's
-centroid, so that no group leaves its layer. Here the product is a batched one over layers, in which barred
-pairs do not occur: the same groups, and work that grows with the number of layers and not with its square.
+By weights, after Flux (arXiv 2508.19078): a principal component analysis of a layer's experts turns each into
+a short vector, and one K-means with cosine distance runs over the experts of all layers at once. The paper
+takes all distances as one matrix product and bars those between an expert and another layer's centroid, so
+that no group crosses layers. Here the product is a batched one over layers, in which barred pairs do not
+occur: the groups are the same, and work grows with the number of layers, not with its square.
 
-By outputs, after HC-SMoE (arXiv 2410.08589): experts are alike whose mean outputs are, and average linkage
-joins the nearest. There is nothing to seed or repeat, and it needs distances only, of which a layer has few.
+By outputs, after HC-SMoE (arXiv 2410.08589): experts are similar if their mean outputs are, and average
+linkage joins the nearest. It needs no seed and no repetition, and only distances, of which a layer has few.
 
 Shape suffixes: ``N`` experts to be grouped (of one layer, or of all in a row), ``M`` groups, ``P``
 components, ``T`` tokens, ``D`` hidden, ``L`` layers, ``E`` all experts of a layer, ``X`` weights of one.
@@ -27,10 +27,10 @@ from fedexperts.moe.surgery.seam import MoeLayer
 from fedexperts.seeds import derive_seed
 
 Groups = tuple[tuple[int, ...], ...]
-"""A layer's experts in groups: indices in ascending order, groups in that of their first."""
+"""A layer's experts in groups: ascending indices, groups ordered by their first index."""
 
 NUM_COMPONENTS = 32
-"""Principal components that are kept where a layer has as many."""
+"""Maximum number of principal components kept."""
 
 _CHUNK_BYTES = 2**25
 _MAX_STEPS = 100
@@ -38,11 +38,11 @@ _MAX_STEPS = 100
 
 @torch.no_grad()
 def weight_vectors(layer: MoeLayer, chosen: Sequence[int], num_components: int = NUM_COMPONENTS) -> Tensor:
-    """Principal components of the chosen experts' weights, float32 (N, P) in main memory.
+    """Return the principal components of the chosen experts' weights, float32 (N, P) in main memory.
 
-    The weights of an expert are taken as one long vector (gate, up, down, biases, in whatever layout: the
-    order of its entries does not matter), less the mean of the chosen ones. The components come from the
-    N x N matrix of inner products, which is summed up over pieces of the weights of at most 32 MB.
+    The weights of an expert are one long vector (gate, up, down, biases, in whatever layout: the order of its
+    entries does not matter), less the mean of the chosen ones. The components come from the N x N matrix of
+    inner products, summed over pieces of the weights of at most 32 MB.
 
     Raises:
         UserError: an expert is not one of the layer's, or a weight is not finite.
@@ -69,7 +69,7 @@ def _check_chosen(layer: MoeLayer, chosen: Sequence[int]) -> None:
 
 
 def _pieces(layer: MoeLayer, chosen: Sequence[int]) -> Iterator[Tensor]:
-    """The same part of each chosen expert's weights, float32 (N, at most some), one part after the other."""
+    """Yield the same part of each chosen expert's weights, float32 (N, at most some), part after part."""
     size = max(_CHUNK_BYTES // (4 * len(chosen)), 1)
     for name in layer.parameter_names():
         weights_EX = getattr(layer.experts, name).flatten(1)
@@ -80,9 +80,9 @@ def _pieces(layer: MoeLayer, chosen: Sequence[int]) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def output_vectors(layer: MoeLayer, chosen: Sequence[int], hidden_TD: Tensor) -> Tensor:
-    """Mean output of each chosen expert over ``hidden_TD``, float32 (N, D) in main memory.
+    """Return the mean output of each chosen expert over ``hidden_TD``, float32 (N, D) in main memory.
 
-    Every expert sees every token, wherever the router sent it, so that all are asked the same.
+    Every expert runs on every token, wherever the router sent it, so that all have the same inputs.
     """
     _check_chosen(layer, chosen)
     inputs_TD = hidden_TD.to(next(layer.experts.parameters()).device)
@@ -96,7 +96,7 @@ def output_vectors(layer: MoeLayer, chosen: Sequence[int], hidden_TD: Tensor) ->
 def fused_kmeans(
     vectors: Sequence[Tensor], num_groups: Sequence[int], *, seed: int, num_starts: int = 4
 ) -> list[Tensor]:
-    """K-means with cosine distance in all layers at once.
+    """Run K-means with cosine distance in all layers at once.
 
     Args:
         vectors: by layer a tensor (N, P); N and P may differ between layers.
@@ -118,7 +118,7 @@ def fused_kmeans(
 
 
 class _Points:
-    """The experts of all layers on the unit sphere, each layer's padded with zeros to the longest.
+    """Experts of all layers on the unit sphere, each layer's padded with zeros to the longest.
 
     Shapes: ``N`` and ``M`` are the most experts and groups of a layer here, ``Z`` is the number of starts.
     """
@@ -132,10 +132,10 @@ class _Points:
         self.is_group_LM = torch.arange(int(groups_L.max())) < groups_L[:, None]
 
     def first_centroids(self, generator: torch.Generator, num_starts: int = 1) -> Tensor:
-        """k-means++ for every start in every layer side by side, (L, Z, M, P).
+        """Draw first centroids by k-means++ for every start in every layer at once, (L, Z, M, P).
 
-        The next centroid is drawn with chances by the distance to those there; of a few draws the one is
-        taken that leaves the least distance in all (the greedy form, which scikit-learn has too).
+        The next centroid is drawn with probability by distance to the existing ones; of a few draws, the one
+        that leaves the smallest total distance is taken (the greedy form, which scikit-learn has too).
 
         Shapes: ``Y`` is the layers times the starts, ``C`` the draws.
         """
@@ -145,11 +145,11 @@ class _Points:
         nearest_YN = self.is_expert_LN.float().repeat_interleave(num_starts, dim=0)
         each, picks = torch.arange(len(unit_YNP)), []
         for _ in range(num_groups):
-            # The largest of chance over exponential noise falls on each with its share of the chances.
+            # The argmax of probability over exponential noise is a draw by these probabilities.
             noise_YN = torch.empty(nearest_YN.shape).exponential_(generator=generator)
             draws_YC = (nearest_YN / noise_YN.clamp(min=1e-30)).topk(num_draws, dim=1).indices
             drawn_YCP = unit_YNP[each[:, None], draws_YC]
-            # One that is a copy of a centroid may still be taken, when there is nothing else.
+            # A copy of a centroid is taken only if nothing else is left.
             distance_YCN = (1 - drawn_YCP @ unit_YNP.mT).clamp(min=1e-9)
             left_YCN = torch.minimum(nearest_YN[:, None], distance_YCN)
             best_Y = left_YCN.sum(dim=-1).argmin(dim=1)
@@ -159,7 +159,8 @@ class _Points:
         return torch.stack(picks, dim=1).reshape(len(self.unit_LNP), num_starts, num_groups, -1)
 
     def converge(self, centroid_LZMP: Tensor) -> tuple[Tensor, Tensor]:
-        """Lloyd's steps until no expert moves: each expert's group and its distance to it, (L, N, Z)."""
+        """Run Lloyd's steps until no expert moves; return each expert's group and distance to it, (L, N,
+        Z)."""
         before_LNZ: Tensor | None = None
         for _ in range(_MAX_STEPS):
             group_LNZ, distance_LNZ, size_LZM = self._assign(centroid_LZMP)
@@ -175,7 +176,7 @@ class _Points:
         return group_LNZ, distance_LNZ
 
     def _assign(self, centroid_LZMP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Group and distance (L, N, Z) of each expert, and experts of each group (L, Z, M)."""
+        """Return group and distance (L, N, Z) of each expert, and the experts of each group (L, Z, M)."""
         num_starts, num_groups = centroid_LZMP.shape[1:3]
         cosine_LNX = self.unit_LNP @ centroid_LZMP.flatten(1, 2).mT
         distance_LNZM = (1 - cosine_LNX).reshape(*cosine_LNX.shape[:2], num_starts, num_groups)
@@ -205,7 +206,7 @@ def average_linkage(vectors_NP: Tensor, num_groups: int) -> Tensor:
     """
     number = len(vectors_NP)
     assert min(number, 1) <= num_groups <= number, num_groups
-    # The direct differences: distances by inner products would tell equal vectors apart.
+    # Direct differences: distances by inner products would not be 0 for equal vectors.
     distance_NN = torch.cdist(
         vectors_NP.double(), vectors_NP.double(), compute_mode="donot_use_mm_for_euclid_dist"
     ).fill_diagonal_(torch.inf)
@@ -224,7 +225,7 @@ def average_linkage(vectors_NP: Tensor, num_groups: int) -> Tensor:
 
 
 def groups_of(chosen: Sequence[int], group_N: Tensor) -> Groups:
-    """The chosen experts by group, where ``group_N`` gives each one's."""
+    """Return the chosen experts by group, where ``group_N`` gives each one's group."""
     members: dict[int, list[int]] = {}
     for expert, group in zip(chosen, group_N.tolist(), strict=True):
         members.setdefault(group, []).append(expert)

@@ -1,14 +1,14 @@
-"""Many experts to few: which are merged with which, and what their merge is (Flux, arXiv 2508.19078, eq. 2).
+"""Merge experts: decide which go together, and compute merged weights (Flux, arXiv 2508.19078, eq. 2).
 
     W_C = Σ_{e∈C} (α_e / Σ_{e'∈C} α_e') W_e,    α_e = f_e · a_e
 
-for each group ``C`` of a layer's experts that are neither tuned nor kept, with ``f_e`` how often the router
-chose expert ``e`` and ``a_e`` the mean attention that the tokens sent to it received. The router is not
-touched: :class:`fedexperts.moe.surgery.slots.SlotPlan` says which slot runs in an expert's place.
+for each group ``C`` of a layer's experts that are neither tuned nor kept, with ``f_e`` the frequency at which
+the router chose expert ``e`` and ``a_e`` the mean attention that its tokens received. The router is not
+changed: :class:`fedexperts.moe.surgery.slots.SlotPlan` says which slot runs in an expert's place.
 
-Beside the paper's way there are options: neurons aligned before the average (MC-SMoE), groups by outputs
-(HC-SMoE), the down projection by least squares (MergeMoE), and no merge at all but as many of the heaviest
-experts kept and the rest dropped.
+There are options beside the paper's method: neurons aligned before the average (MC-SMoE), groups by outputs
+(HC-SMoE), the down projection by least squares (MergeMoE), and dropping instead of merging: as many of the
+heaviest experts as there are slots stay.
 
 Shape suffixes: ``E`` experts of a layer, ``L`` layers.
 """
@@ -44,26 +44,25 @@ Weighting = Literal["attention_frequency", "frequency", "mean"]
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings:
-    """How experts that are neither tuned nor kept become few."""
+    """Way in which experts that are neither tuned nor kept become few."""
 
     budget: BudgetKind = "adaptive"
-    """How the slots are shared out among layers: ``adaptive`` (eq. 1), ``uniform`` or ``one_per_layer``."""
+    """Distribution of slots over layers: ``adaptive`` (eq. 1), ``uniform`` or ``one_per_layer``."""
     weighting: Weighting = "attention_frequency"
-    """What counts in a mean, or in the choice of those that are not dropped: α of eq. 2, its frequency alone,
-    or nothing."""
+    """Weights of a mean, or of the choice of experts that are not dropped: α of eq. 2, its frequency alone,
+    or equal."""
     clusters: Literal["weights", "outputs"] = "weights"
-    """What makes experts alike: their weights (fused K-means) or mean outputs (average linkage)."""
+    """Similarity of experts: by weights (fused K-means) or by mean outputs (average linkage)."""
     num_components: int = NUM_COMPONENTS
-    """Principal components that K-means sees."""
+    """Number of principal components for K-means."""
     align_neurons: bool = False
-    """Permute the neurons of each expert to fit its group's heaviest before the mean is taken."""
+    """Permute the neurons of each expert to match its group's heaviest before averaging."""
     refit_down: bool = False
-    """Replace the averaged down projection by that of least squares on cached activations."""
+    """Replace the averaged down projection by the least-squares one on cached activations."""
     is_dropping: bool = False
     """Merge nothing: keep as many of the heaviest experts as there are slots, and drop the rest."""
 
     def __post_init__(self) -> None:
-        """Refuse what would have no effect."""
         if self.num_components < 1:
             raise UserError(f"num_components is {self.num_components}; it must be at least 1")
         if self.is_dropping and (self.align_neurons or self.refit_down or self.clusters == "outputs"):
@@ -81,11 +80,11 @@ class MergeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class MergePlan:
-    """What becomes of one layer's experts, with the weights of those that are new."""
+    """Plan of one layer's experts, with the weights of the merged ones."""
 
     slots: SlotPlan
     weights: tuple[dict[str, Tensor], ...]
-    """Of each group of ``slots.merged``, in the layer's layout and dtype."""
+    """Weights of each group of ``slots.merged``, in the layer's layout and dtype."""
 
 
 def plan_merge(
@@ -100,7 +99,7 @@ def plan_merge(
     activations: Activations | None = None,
     seed: int,
 ) -> list[MergePlan]:
-    """Group and merge what is neither tuned nor kept, in all layers.
+    """Group and merge the experts that are neither tuned nor kept, in all layers.
 
     Args:
         layers: of the full model, with all their weights.
@@ -159,7 +158,7 @@ def _merge_layer(
 
 
 def _with_candidates(layer: MoeLayer, tuned: Sequence[int], kept: Sequence[int]) -> SlotPlan:
-    """The given roles, with all other experts dropped for the moment."""
+    """Return the given roles, with all other experts dropped for the moment."""
     others = set(range(layer.num_experts)) - {*tuned, *kept}
     return SlotPlan(
         num_experts=layer.num_experts, tuned=tuple(tuned), kept=tuple(kept), dropped=tuple(sorted(others))
@@ -192,7 +191,7 @@ def _keep_heaviest(plan: SlotPlan, alpha_E: Tensor, num_kept: int) -> MergePlan:
 def merge_shares(
     weighting: Weighting, tokens_LE: Sequence[Tensor], attention_LE: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
-    """Eq. 2's α of every expert, not normalised: by layer a tensor (E,) in float64.
+    """Return eq. 2's α of every expert, not normalised: by layer a tensor (E,) in float64.
 
     Raises:
         UserError: attention is needed and not given, or a value is negative or not finite.
@@ -205,7 +204,7 @@ def merge_shares(
             raise UserError(
                 'weighting = "attention_frequency" needs the attention that each expert\'s tokens received'
             )
-        # An expert without tokens has no mean attention, whatever stands there.
+        # An expert without tokens has no mean attention; its entry is ignored.
         alpha_LE = [
             torch.where(alpha_E > 0, alpha_E * attention_E.double(), 0.0)
             for alpha_E, attention_E in zip(alpha_LE, attention_LE, strict=True)
@@ -225,7 +224,7 @@ def group_experts(
     activations: Activations | None = None,
     seed: int,
 ) -> list[Groups]:
-    """By layer the groups of its candidates, as many as ``num_groups`` says."""
+    """Return by layer the groups of its candidates, as many as ``num_groups`` says."""
     found: list[Groups] = [()] * len(layers)
     busy = [position for position, chosen in enumerate(candidates) if chosen]
     if settings.clusters == "outputs":
@@ -250,7 +249,7 @@ def merge_group(
     settings: MergeSettings = MergeSettings(),
     activations: LayerActivations | None = None,
 ) -> dict[str, Tensor]:
-    """Weights of the one expert that stands for ``group``; those of its only member are copied as they are.
+    """Return the weights of the expert that stands for ``group``; a single member's are copied unchanged.
 
     Raises:
         UserError: an expert is out of range or given twice, or a weight is not finite.
@@ -275,9 +274,10 @@ def merge_group(
 
 @torch.no_grad()
 def merge_weights(members: Iterable[Mapping[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:
-    """Mean of some experts' weights by ``shares`` (eq. 2), each member read once and let go.
+    """Return the mean of some experts' weights by ``shares`` (eq. 2), each member read once and let go.
 
-    The sum is taken in float32 or wider and given in the members' dtype. Shares that are all 0 count alike.
+    The sum is computed in float32 or wider and returned in the members' dtype. If all shares are 0, members
+    count equally.
 
     Raises:
         UserError: members differ in their parameters or shapes, or a weight is not finite.
@@ -312,9 +312,10 @@ def _check_member(
 
 @contextmanager
 def merged_layers(layers: Sequence[MoeLayer], plans: Sequence[MergePlan]) -> Iterator[None]:
-    """Let a model in the seat run with its experts merged, and give them back bit for bit at the end.
+    """Run a model with its experts merged inside the ``with`` block; restore them bit for bit at the end.
 
-    Both the full weights and the slots' are in memory meanwhile.
+    The model must use our experts implementation. Both the full weights and the slots' are in memory
+    meanwhile.
     """
     undo: list[tuple[MoeLayer, Mapping[str, Tensor]]] = []
     try:

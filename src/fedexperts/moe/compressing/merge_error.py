@@ -1,9 +1,9 @@
-"""What a merge changes: the output of one layer on cached inputs, and the whole model's logits and loss.
+"""Measure what a merge changes: a layer's output on cached inputs, and the whole model's logits and loss.
 
-Tuned and kept experts run as before, so that a layer's error is that of its groups: for every token the
-routed sum of the group's members, less the merged expert times their summed routing weight. What is dropped
-errs by all that it gave. Every layer is judged on the inputs that it had in the full model; how errors add up
-on the way through the model is what :func:`model_error` tells.
+Tuned and kept experts run as before, so a layer's error is that of its groups: for every token the routed sum
+of the group's members, less the merged expert times their summed routing weight. A dropped expert's error is
+its whole output. Every layer is judged on the inputs that it had in the full model; :func:`model_error`
+measures how errors add up through the model.
 
 Shape suffixes: ``T`` tokens, ``R`` tokens that are routed to some expert of a group, ``D`` hidden, ``K``
 top-k, ``M`` label tokens, ``V`` entries of the vocabulary.
@@ -29,7 +29,7 @@ from fedexperts.moe.surgery.slots import SlotPlan
 
 @dataclass(frozen=True)
 class Share:
-    """What a layer's routing asks of some of its experts."""
+    """Part of a layer's routing that goes to some of its experts."""
 
     token_R: Tensor
     """Rows of the activations that are routed to at least one of them, ascending."""
@@ -57,7 +57,8 @@ def share_of(layer: MoeLayer, experts: Sequence[int], activations: LayerActivati
 
 
 def _run(layer: MoeLayer, hidden_RD: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """One expert's output, float32, where the inputs are; they may lie on another device than the layer."""
+    """Run one expert; return its output, float32, on the inputs' device, which may differ from the
+    layer's."""
     like = layer.expert(0)["down_proj"]
     own = {name: weight.to(like) for name, weight in weights.items()}
     return one_expert.run_expert(layer.experts, hidden_RD.to(like), own).float().to(hidden_RD.device)
@@ -67,9 +68,9 @@ def _run(layer: MoeLayer, hidden_RD: Tensor, weights: Mapping[str, Tensor]) -> T
 def layer_error(
     layer: MoeLayer, plan: SlotPlan, merged: Sequence[Mapping[str, Tensor]], activations: LayerActivations
 ) -> float:
-    """‖routed sum - routed sum with the plan‖ / ‖routed sum‖ over all tokens together (Frobenius norms).
+    """Return ‖routed sum - routed sum with the plan‖ / ‖routed sum‖ over all tokens (Frobenius norms).
 
-    0 is a merge that changes nothing, 1 one that is as bad as a layer that gives 0.
+    0 is a merge that changes nothing, 1 one that is as bad as a layer whose output is 0.
 
     Args:
         layer: with all its weights.
@@ -97,7 +98,7 @@ def layer_error(
 
 @dataclass(frozen=True, kw_only=True)
 class ModelError:
-    """What a change of the model does to its predictions of the label tokens, means over them."""
+    """Effect of a change of the model on its predictions of the label tokens, as means over them."""
 
     kl: float
     """Kullback-Leibler divergence of the changed model's distribution from the full one's, nats."""
@@ -136,7 +137,7 @@ def model_error(
 
 @torch.no_grad()
 def _log_probabilities(model: Any, batches: Iterable[LabelledBatch]) -> Iterator[tuple[Tensor, Tensor]]:
-    """By batch the log-probabilities where a label follows, float32 (M, V), and the labels (M,)."""
+    """Yield by batch the log-probabilities where a label follows, float32 (M, V), and the labels (M,)."""
     for batch in batches:
         with evaluation_mode(model):
             logits_MV, label_M, _ = label_logits(model, batch)

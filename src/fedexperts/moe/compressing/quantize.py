@@ -1,8 +1,8 @@
-"""Experts of a model in few bits, and back; how many really are.
+"""Quantise the experts of a model, restore them, and count how many are quantised.
 
-Tools that replace ``nn.Linear`` leave fused experts as they are, without a word: 87 % of a Qwen1.5-MoE stays
-in bfloat16. Here experts are quantised and nothing else is: attention and router are small, and rounding them
-moves the routing more than rounding all experts does.
+Tools that replace ``nn.Linear`` silently skip fused experts: 87 % of a Qwen1.5-MoE stays in bfloat16. This
+module quantises experts and nothing else: attention and router are small, and rounding them changes the
+routing more than rounding all experts does.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,18 +24,19 @@ from fedexperts.tensors import is_finite, num_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Originals:
-    """What one layer had before :func:`quantize_layer`."""
+    """Weights that one layer had before :func:`quantize_layer`."""
 
     fused: Mapping[str, Tensor]
     """Weights of the experts that were quantised, stacked, by parameter name."""
     had_slots: bool
-    """Whether the layer had slots already, of which only the kept and merged ones were quantised."""
+    """Whether the layer already had slots, of which only the kept and merged ones were quantised."""
 
 
 def quantize_layer(layer: MoeLayer, form: LowBitForm) -> Originals:
-    """Quantise a layer's experts in the seat; where it has slots, the kept and merged ones.
+    """Quantise a layer's experts; if it has slots, the kept and merged ones.
 
-    Returns what :func:`restore_layers` needs: let it go to save the memory.
+    The layer must use our experts implementation. Returns what :func:`restore_layers` needs: drop it to save
+    memory.
 
     Raises:
         UserError: a weight is NaN or infinite, or the layer is quantised already; it is not changed then.
@@ -45,7 +46,7 @@ def quantize_layer(layer: MoeLayer, form: LowBitForm) -> Originals:
 
 
 def install_bank(layer: MoeLayer, bank: QuantizedBank) -> Originals:
-    """Put ``bank``, say of a file, in the place of the experts in a layer's fused parameters.
+    """Install ``bank``, for example from a file, in place of the experts in a layer's fused parameters.
 
     Raises:
         UserError: the bank holds another number of experts, or of other shapes.
@@ -66,7 +67,7 @@ def install_bank(layer: MoeLayer, bank: QuantizedBank) -> Originals:
 
 
 def banks_of(layers: Sequence[MoeLayer]) -> dict[str, QuantizedBank]:
-    """The banks that sit in ``layers``, by layer name: what ``low_bit_bank.save_banks`` takes.
+    """Return the banks in ``layers``, by layer name, for ``low_bit_bank.save_banks``.
 
     Raises:
         UserError: a layer has LoRA on quantised experts, so that its bank holds the others alone.
@@ -78,7 +79,7 @@ def banks_of(layers: Sequence[MoeLayer]) -> dict[str, QuantizedBank]:
 
 
 def quantized_bank(layer: MoeLayer, form: LowBitForm) -> QuantizedBank:
-    """A bank of the experts in a layer's fused parameters; the layer itself is not changed.
+    """Make a bank of the experts in a layer's fused parameters; the layer itself is not changed.
 
     Raises:
         UserError: a weight is NaN or infinite; the sentence names layer and expert.
@@ -92,10 +93,10 @@ def quantized_bank(layer: MoeLayer, form: LowBitForm) -> QuantizedBank:
 def quantize_experts(
     layers: Sequence[MoeLayer], form: LowBitForm, *, is_keeping_originals: bool = False
 ) -> list[Originals]:
-    """:func:`quantize_layer` for each of ``layers``.
+    """Quantise each of ``layers`` as :func:`quantize_layer` does.
 
-    Returns what :func:`restore_layers` needs if ``is_keeping_originals``; else a layer's dense weights are
-    let go before the next layer's turn, and the list is empty.
+    Returns what :func:`restore_layers` needs if ``is_keeping_originals``; otherwise a layer's dense weights
+    are freed before the next layer's turn, and the list is empty.
 
     Raises:
         UserError: as :func:`quantize_layer` does; no layer is changed then.
@@ -148,7 +149,7 @@ def _refuse_lora(layer: MoeLayer) -> None:
 
 @contextmanager
 def quantized(layers: Sequence[MoeLayer], form: LowBitForm) -> Iterator[None]:
-    """:func:`quantize_experts` for the length of a ``with`` block; the dense weights stay in memory."""
+    """Quantise as :func:`quantize_experts` does inside a ``with`` block; the dense weights stay in memory."""
     originals = quantize_experts(layers, form, is_keeping_originals=True)
     try:
         yield
@@ -158,23 +159,23 @@ def quantized(layers: Sequence[MoeLayer], form: LowBitForm) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationReport:
-    """How much of a model's experts is in few bits: looked up in the model, not remembered."""
+    """Counts of a model's quantised experts: looked up in the model, not remembered."""
 
     num_experts: int
     """Experts that are stored: kept, merged and tuned ones where layers have slots."""
     num_quantized: int
-    """Those in few bits."""
+    """Stored experts that are in few bits."""
     packed_bytes: int
-    """Of the quantised experts, as they are."""
+    """Bytes of the quantised experts as they are."""
     dense_bytes: int
-    """Of the quantised experts, had they stayed in their dtype."""
+    """Bytes that the quantised experts would take in their dtype."""
     plain_expert_bytes: int
-    """Of the experts that are not quantised."""
+    """Bytes of the experts that are not quantised."""
     rest_bytes: int
-    """Of everything else: attention, router, shared expert, embeddings, norms, adapters."""
+    """Bytes of everything else: attention, router, shared expert, embeddings, norms, adapters."""
 
     def sentence(self) -> str:
-        """All of it, for people; megabytes of 10^6 bytes."""
+        """Describe the counts in one sentence; megabytes of 10^6 bytes."""
         packed, dense, plain, rest = (
             f"{amount / 1e6:,.1f} MB"
             for amount in (self.packed_bytes, self.dense_bytes, self.plain_expert_bytes, self.rest_bytes)
@@ -209,7 +210,7 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
 
 
 def _banks(layer: MoeLayer) -> list[Any]:
-    """Where the experts' weights lie; those under LoRA in the bank that it is on."""
+    """Yield the modules that hold the experts' weights; for experts with LoRA, the bank under it."""
     slots = seam.slots_of(layer)
     banks = [FusedExperts(layer.experts)] if slots is None else slots.banks(layer.experts)
     return [bank.base if isinstance(bank, LoraExperts) else bank for bank in banks]

@@ -1,14 +1,14 @@
-"""A better last matrix for a merged expert, by least squares on what its group was asked for.
+"""Refit a merged expert's down projection by least squares on the outputs of its group.
 
 MergeMoE (arXiv 2510.14436) keeps the averaged gate and up projections and solves for the down projection that
-gives the group's outputs back on calibration data. Here the outputs are those that the router asked for: with
-``h`` what the merged gate gives for a token, ``w`` the token's summed routing weight for the group, and ``y``
-the routed sum of its members,
+reproduces the group's outputs on calibration data. Here the outputs are those that the router asked for: with
+``h`` the merged expert's gated activation for a token, ``w`` the token's summed routing weight for the group,
+and ``y`` the routed sum of its members,
 
     min_W  Σ_tokens ‖ y - w · (W h + b) ‖²  +  ρ ‖ W - W0 ‖²
 
-with ``W0`` and ``b`` the averaged down projection and bias. Pulling towards ``W0`` and not towards 0 keeps a
-group that few tokens reach what it was.
+with ``W0`` and ``b`` the averaged down projection and bias. The pull towards ``W0`` instead of 0 keeps a
+group that few tokens reach as it was.
 
 Shape suffixes: ``R`` tokens routed to the group, ``F`` inner size, ``D`` hidden.
 """
@@ -37,7 +37,7 @@ def refit_down(
     *,
     ridge: float = RIDGE,
 ) -> dict[str, Tensor]:
-    """``merged`` with the down projection of least squares; as it is where no token reaches the group.
+    """Return ``merged`` with the least-squares down projection; unchanged if no token reaches the group.
 
     Raises:
         UserError: the family has a norm after the down projection, so that squares are not least.
@@ -67,7 +67,7 @@ def refit_down(
 
 
 def _ridge(input_RF: Tensor, wanted_RD: Tensor, start_DF: Tensor, ridge: float) -> Tensor:
-    """The matrix (D, F) of least squares that is pulled towards ``start_DF``."""
+    """Solve for the least-squares matrix (D, F) that is pulled towards ``start_DF``."""
     gram_FF = input_RF.T @ input_RF
     pull = ridge * gram_FF.diagonal().mean()
     if pull == 0:

@@ -1,4 +1,4 @@
-"""What each MoE layer saw, how it routed, and what it gave: kept from one pass, in memory or in a folder.
+"""Keep the inputs, routing and outputs of each MoE layer from one pass, in memory or in a folder.
 
 Shape suffixes: ``T`` tokens (padding left out), ``D`` hidden, ``E`` experts, ``K`` top-k.
 """
@@ -24,23 +24,23 @@ from fedexperts.seeds import derive_random
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "activations.json"
-"""Written last into a folder of activations: without it the folder is unfinished."""
+"""File written last into a folder of activations: without it the folder is unfinished."""
 
 OnExcess = Literal["refuse", "subsample"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerActivations:
-    """One MoE layer's inputs, routing and outputs for ``T`` tokens, in main memory; padding is not in it."""
+    """One MoE layer's inputs, routing and outputs for ``T`` tokens, in main memory, without padding."""
 
     layer_index: int
     """Position among the MoE layers (:attr:`fedexperts.moe.surgery.seam.MoeLayer.index`)."""
     hidden_TD: Tensor
-    """What the experts saw."""
+    """Inputs of the experts."""
     top_k_index_TK: Tensor
     """Experts of each token, int64."""
     top_k_weights_TK: Tensor
-    """Their weights, float32, as the layer used them."""
+    """Their routing weights, float32, as the layer used them."""
     routed_TD: Tensor
     """The experts' weighted sum, without a shared expert."""
     logits_TE: Tensor | None = None
@@ -51,7 +51,7 @@ class LayerActivations:
     """Tokens of each batch in order, for losses that are summed over batches; empty: one batch."""
 
     def batches(self) -> Iterator["LayerActivations"]:
-        """The batches one by one, as views."""
+        """Return the batches one by one, as views."""
         sizes = self.batch_sizes or (len(self.hidden_TD),)
         start = 0
         for size in sizes:
@@ -59,7 +59,7 @@ class LayerActivations:
             start += size
 
     def rows(self, rows: slice) -> "LayerActivations":
-        """Some of the tokens, as views and as one batch."""
+        """Return some of the tokens, as views and as one batch."""
         return LayerActivations(
             layer_index=self.layer_index,
             hidden_TD=self.hidden_TD[rows],
@@ -72,17 +72,16 @@ class LayerActivations:
 
 
 class LayerWatch:
-    """An observer that hands each layer's :class:`LayerActivations` of each batch to ``see``, on the device.
+    """An observer that passes each layer's :class:`LayerActivations` of each batch to a callback.
 
-    Which tokens it hands on can be narrowed with ``rows``: for each batch the indices, among that batch's
-    real tokens in order, of those to keep.
+    ``rows`` narrows the tokens: for each batch the indices, among its real tokens in order, of those to keep.
     """
 
     def __init__(
         self,
         model: nn.Module,
         layers: Sequence[MoeLayer],
-        see: Callable[[MoeLayer, LayerActivations], None],
+        record: Callable[[MoeLayer, LayerActivations], None],
         *,
         with_block: bool = False,
         rows: Iterable[Tensor] | None = None,
@@ -92,7 +91,7 @@ class LayerWatch:
         Raises:
             UserError: the block's output is asked for where the experts have no block of their own.
         """
-        self._layers, self._see = layers, see
+        self._layers, self._record = layers, record
         self._blocks = {layer.index: _block_of(model, layer) for layer in layers} if with_block else {}
         self._rows = None if rows is None else iter(rows)
         self._positions: Tensor | None = None
@@ -102,7 +101,6 @@ class LayerWatch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """See :class:`fedexperts.moe.observing.forward_pass.Observer`."""
         hooks = [layer.router.register_forward_hook(self._router_hook(layer)) for layer in self._layers]
         hooks += [
             self._blocks[layer.index].register_forward_hook(self._block_hook(layer))
@@ -117,14 +115,12 @@ class LayerWatch:
                 hook.remove()
 
     def begin(self, is_token_BS: Tensor) -> None:
-        """See :class:`fedexperts.moe.observing.forward_pass.Observer`."""
         positions = is_token_BS.reshape(-1).nonzero().squeeze(-1)
         if self._rows is not None:
             positions = positions[next(self._rows).to(positions.device)]
         self._positions, self._num_positions = positions, is_token_BS.numel()
 
     def end(self) -> None:
-        """See :class:`fedexperts.moe.observing.forward_pass.Observer`."""
         assert not self._pending, "each layer's block ran after its experts"
         self._positions = None
 
@@ -152,19 +148,21 @@ class LayerWatch:
             "logits_TE": as_logits(self._logits.pop(layer.index)),
         }
         if not self._blocks:
-            self._see(layer, LayerActivations(**self._pending.pop(layer.index)))
+            self._record(layer, LayerActivations(**self._pending.pop(layer.index)))
 
     def _block_hook(self, layer: MoeLayer) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            # gpt_oss gives its router's scores beside the output
+            # gpt_oss returns its router's scores with the output
             block = output[0] if isinstance(output, tuple) else output
-            self._see(layer, LayerActivations(**self._pending.pop(layer.index), block_TD=self._take(block)))
+            self._record(
+                layer, LayerActivations(**self._pending.pop(layer.index), block_TD=self._take(block))
+            )
 
         return hook
 
 
 def as_logits(scores_TE: Tensor) -> Tensor:
-    """Logits from what a router returned first: they are that already, but gemma4 gives probabilities."""
+    """Return logits from what a router returned first: usually logits, but probabilities in gemma4."""
     is_share = scores_TE.numel() > 0 and (
         bool((scores_TE >= 0).all()) and float((scores_TE.sum(dim=-1) - 1).abs().max()) < 1e-3
     )
@@ -183,19 +181,19 @@ def _block_of(model: nn.Module, layer: MoeLayer) -> nn.Module:
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Every layer's activations from one pass; one layer at a time is given out."""
+    """Every layer's activations from one pass, given out one layer at a time."""
 
     layer_indices: tuple[int, ...]
     batch_sizes: tuple[int, ...]
     """Tokens kept of each batch."""
     num_tokens_seen: int
-    """Tokens that passed, padding left out; more than were kept if ``subsample`` had to draw."""
+    """Tokens in all batches, padding left out; more than were kept if ``subsample`` had to draw."""
     num_bytes: int
     """Size of all tensors kept."""
     folder: Path | None = None
-    """Where they lie, or None if they are in memory."""
+    """Folder of the tensors, or None if they are in memory."""
     held: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
-    """Tensors in memory by layer and field; empty if they lie in ``folder``."""
+    """Tensors in memory by layer and field; empty if they are in ``folder``."""
 
     @property
     def num_tokens(self) -> int:
@@ -203,7 +201,7 @@ class Activations:
         return sum(self.batch_sizes)
 
     def layer(self, index: int) -> LayerActivations:
-        """One layer's activations, read from the folder where they lie in one.
+        """Return one layer's activations, read from the folder if they are in one.
 
         Raises:
             UserError: layer ``index`` was not kept, or its file is missing.
@@ -228,7 +226,7 @@ def _file_name(layer_index: int, batch: int) -> str:
 
 
 def open_activations(folder: Path) -> Activations:
-    """Activations that :func:`collect_activations` left in ``folder``.
+    """Open the activations that :func:`collect_activations` left in ``folder``.
 
     Raises:
         UserError: there are none, they were not finished, or their index is damaged.
@@ -250,7 +248,7 @@ def open_activations(folder: Path) -> Activations:
 
 
 class _Store:
-    """Takes layers batch by batch, into memory that is laid out at once or into one file each."""
+    """Store of layers, filled batch by batch: memory that is allocated at once, or one file per layer."""
 
     def __init__(self, batch_sizes: Sequence[int], folder: Path | None) -> None:
         self._batch_sizes, self._folder = batch_sizes, folder
@@ -258,10 +256,10 @@ class _Store:
         self._num_batches: dict[int, int] = {}
         self.num_bytes = 0
 
-    def see(self, layer: MoeLayer, seen: LayerActivations) -> None:
+    def record(self, layer: MoeLayer, kept: LayerActivations) -> None:
         batch = self._num_batches.get(layer.index, 0)
         self._num_batches[layer.index] = batch + 1
-        tensors = _stored(seen)
+        tensors = _stored(kept)
         self.num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         if self._folder is not None:
             save_file(tensors, self._folder / _file_name(layer.index, batch))
@@ -275,15 +273,15 @@ class _Store:
             held[name][start : start + len(tensor)] = tensor
 
 
-def _stored(seen: LayerActivations) -> dict[str, Tensor]:
-    """In main memory, indices in 16 bits."""
+def _stored(kept: LayerActivations) -> dict[str, Tensor]:
+    """Return the tensors in main memory, indices in 16 bits."""
     tensors = {
-        "hidden_TD": seen.hidden_TD,
-        "top_k_index_TK": seen.top_k_index_TK.to(torch.int16),
-        "top_k_weights_TK": seen.top_k_weights_TK,
-        "routed_TD": seen.routed_TD,
-        "logits_TE": seen.logits_TE,
-        "block_TD": seen.block_TD,
+        "hidden_TD": kept.hidden_TD,
+        "top_k_index_TK": kept.top_k_index_TK.to(torch.int16),
+        "top_k_weights_TK": kept.top_k_weights_TK,
+        "routed_TD": kept.routed_TD,
+        "logits_TE": kept.logits_TE,
+        "block_TD": kept.block_TD,
     }
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
 
@@ -297,15 +295,15 @@ class _OneSequence:
 def bytes_per_token(
     model: Any, layers: Sequence[MoeLayer], batch: TokenBatch, *, with_block: bool = False
 ) -> int:
-    """Bytes that one token's activations take in all ``layers`` together, as one sequence shows."""
+    """Measure the bytes that one token's activations take in all ``layers`` together, by one sequence."""
     row = int(batch.attention_mask.sum(dim=-1).argmax())
     sequence = _OneSequence(batch.input_ids[row : row + 1], batch.attention_mask[row : row + 1])
     sizes: list[int] = []
 
-    def see(_: MoeLayer, seen: LayerActivations) -> None:
-        sizes.append(sum(tensor.nbytes for tensor in _stored(seen).values()))
+    def record(_: MoeLayer, kept: LayerActivations) -> None:
+        sizes.append(sum(tensor.nbytes for tensor in _stored(kept).values()))
 
-    watch = LayerWatch(model, layers, see, with_block=with_block, rows=[torch.zeros(1, dtype=torch.int64)])
+    watch = LayerWatch(model, layers, record, with_block=with_block, rows=[torch.zeros(1, dtype=torch.int64)])
     run_pass(model, [sequence], (watch,), "measure activations on")
     return sum(sizes)
 
@@ -322,7 +320,7 @@ def collect_activations(
     seed: int = 0,
     observers: Sequence[Observer] = (),
 ) -> Activations:
-    """Keep what ``layers`` see, choose and give for every token of ``batches``, from one pass.
+    """Keep inputs, routing and outputs of ``layers`` for every token of ``batches``, from one pass.
 
     Args:
         model: called with ``input_ids`` and ``attention_mask``, in evaluation mode.
@@ -349,7 +347,7 @@ def collect_activations(
     if folder is not None:
         _make_empty(folder)
     store = _Store(batch_sizes, folder)
-    watch = LayerWatch(model, layers, store.see, with_block=with_block, rows=rows)
+    watch = LayerWatch(model, layers, store.record, with_block=with_block, rows=rows)
     run_pass(model, held_batches, (watch, *observers), "keep activations of")
     assert store.num_bytes == size * sum(batch_sizes), "the bytes are those that were planned"
     kept = Activations(
@@ -368,7 +366,7 @@ def collect_activations(
 def _rows_within(
     counts: Sequence[int], size: int, byte_limit: int, on_excess: OnExcess, seed: int
 ) -> list[Tensor]:
-    """For each batch, which of its ``counts`` tokens to keep, in order."""
+    """Return for each batch which of its ``counts`` tokens to keep, in order."""
     total, room = sum(counts), byte_limit // size
     if room >= total:
         return [torch.arange(count) for count in counts]

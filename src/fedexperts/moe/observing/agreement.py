@@ -1,4 +1,4 @@
-"""Does a changed model (quantised, merged) still route and predict as the full one? Both on the same batches.
+"""Measure whether a changed model (quantised, merged) routes and predicts as the full one does.
 
 Shape suffixes: ``T`` tokens, ``E`` experts, ``K`` top-k, ``L`` layers, ``P`` positions with logits, ``V``
 words.
@@ -17,12 +17,12 @@ from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.seam import MoeLayer
 
 KL_POSITIONS = 16
-"""Positions of each example at which the predictions are kept, evenly spread over the batch's length."""
+"""Positions of each example at which predictions are kept, evenly spread over the batch's length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingRecord:
-    """What a model chose and predicted, in main memory."""
+    """Routing and predictions of a model, in main memory."""
 
     chosen_LTE: tuple[Tensor, ...]
     """By layer whether a token's top-k has an expert, bool."""
@@ -35,7 +35,7 @@ class _Choices:
         self.chosen: dict[int, list[Tensor]] = {layer.index: [] for layer in layers}
         self.is_token_T: Tensor | None = None
 
-    def see(self, layer: MoeLayer, hidden_TD: Tensor, top_k_index_TK: Tensor, *_: Tensor) -> None:
+    def record(self, layer: MoeLayer, hidden_TD: Tensor, top_k_index_TK: Tensor, *_: Tensor) -> None:
         assert self.is_token_T is not None, "set before each forward pass"
         index_TK = top_k_index_TK[self.is_token_T]
         chosen_TE = torch.zeros(len(index_TK), layer.num_experts, dtype=torch.bool, device=index_TK.device)
@@ -50,13 +50,13 @@ def record_routing(
     *,
     kl_positions: int = KL_POSITIONS,
 ) -> RoutingRecord:
-    """One pass of ``model`` over ``batches`` in evaluation mode, padding left out.
+    """Record one pass of ``model`` over ``batches`` in evaluation mode, padding left out.
 
     Raises:
         UserError: there is no batch.
     """
     choices, device, predictions = _Choices(layers), next(model.parameters()).device, []
-    with evaluation_mode(model), seam.watch_experts(layers, choices.see):
+    with evaluation_mode(model), seam.watch_experts(layers, choices.record):
         for batch in batches:
             mask = batch.attention_mask.to(device)
             choices.is_token_T = mask.reshape(-1).bool()
@@ -80,7 +80,7 @@ def record_routing(
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingAgreement:
-    """How far a model is from the full one; 1, 1, 0, 0 where nothing has changed."""
+    """Agreement of a model with the full one; 1, 1, 0, 0 if nothing has changed."""
 
     top_k_overlap_L: tuple[float, ...]
     """By layer the mean share of a token's experts that are the full model's."""
@@ -91,23 +91,20 @@ class RoutingAgreement:
     kl: float
     """Mean of KL(full || changed) over the positions kept, in nats."""
     num_tokens: int
-    """Tokens that the routing was compared on."""
+    """Tokens on which the routing was compared."""
     num_kl_tokens: int
-    """Those of them whose predictions were compared."""
+    """Tokens on which predictions were compared."""
 
     @property
     def top_k_overlap(self) -> float:
-        """Mean over layers."""
         return sum(self.top_k_overlap_L) / len(self.top_k_overlap_L)
 
     @property
     def exact_set_share(self) -> float:
-        """Mean over layers."""
         return sum(self.exact_set_share_L) / len(self.exact_set_share_L)
 
     @property
     def frequency_distance(self) -> float:
-        """Mean over layers."""
         return sum(self.frequency_distance_L) / len(self.frequency_distance_L)
 
 

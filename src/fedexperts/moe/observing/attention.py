@@ -1,9 +1,9 @@
-"""How much attention each token receives, read off the model's own attention while it runs.
+"""Measure how much attention each token receives, from the model's own attention while it runs.
 
-A token's attention received in a layer is the mean, over heads and over the queries that can see the token,
-of the weight they give it. (Flux, arXiv 2508.19078, speaks of a token's attention without defining it; the
-plain column mean would favour early tokens, which more queries see.) Of long sequences some queries are
-sampled, one from each of equal stretches, which stands for its stretch.
+A token's attention received in a layer is the mean, over heads and over the queries that can attend to it, of
+the weight they give it. (Flux, arXiv 2508.19078, uses a token's attention without defining it; the plain
+column mean would favour early tokens, to which more queries attend.) Of long sequences some queries are
+sampled, one from each of equal stretches, to stand for its stretch.
 
 Shape suffixes: ``B`` sequences, ``S`` positions, ``Q`` sampled queries, ``H`` query heads.
 """
@@ -23,18 +23,19 @@ from fedexperts.moe.surgery.seam import MoeLayer
 from fedexperts.seeds import derive_random
 
 _WATCHED = {"sdpa": "fedexperts_sdpa", "eager": "fedexperts_eager"}
-"""The implementations that can be watched, and the names under which ours stand in for them."""
+"""Attention implementations that can be observed, and the names under which ours replace them."""
 _METER = "fedexperts_attention_meter"
 
 
 class AttentionMeter:
-    """Watches the attention of the blocks that hold MoE layers; an observer of a pass.
+    """An observer that measures attention in the blocks that hold MoE layers.
 
-    After each forward pass up to the layer, :meth:`received` gives what that layer's tokens received.
+    After a forward pass has reached a layer, :meth:`received` gives the attention that the layer's tokens
+    received.
     """
 
     def __init__(self, model: Any, layers: Sequence[MoeLayer], *, num_queries: int, seed: int) -> None:
-        """``num_queries`` are sampled from each longer sequence, by ``seed``.
+        """Sample ``num_queries`` from each longer sequence, by ``seed``.
 
         Raises:
             UserError: the model's attention implementation does not show its weights.
@@ -54,7 +55,7 @@ class AttentionMeter:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """See ``Observer``; the model's numbers do not change by a bit."""
+        """Observe inside the ``with`` block, without changing the model's outputs by a bit."""
         modules = [module for found in self._modules.values() for module in found]
         for module in modules:
             setattr(module, _METER, self)
@@ -67,7 +68,6 @@ class AttentionMeter:
                 delattr(module, _METER)
 
     def begin(self, is_token_BS: Tensor) -> None:
-        """See :class:`fedexperts.moe.observing.forward_pass.Observer`."""
         self._is_exact = int(is_token_BS.sum(-1).max()) <= self._num_queries
         queries, stretches = self._sample(is_token_BS)
         self._queries_BQ = queries.to(is_token_BS.device)
@@ -75,14 +75,14 @@ class AttentionMeter:
         self._num_batches += 1
 
     def end(self) -> None:
-        """See :class:`fedexperts.moe.observing.forward_pass.Observer`."""
         self._found.clear()
 
     def received(self, layer: MoeLayer) -> Tensor | None:
-        """What each position received as each half of the sampled queries shows it: float32 (2, B, S).
+        """Return the attention received by position, for each half of the sampled queries: float32 (2, B, S).
 
-        The halves are equal where no query was left out. NaN where no sampled query sees the position, which
-        a sliding window can bring about. None where the layer's block ran no softmax attention.
+        The halves are equal if every query was sampled. NaN marks positions to which no sampled query
+        attends, which a sliding window can bring about. None means that the layer's block ran no softmax
+        attention.
         """
         for module in self._modules[layer.index]:
             if id(module) in self._found:
@@ -90,7 +90,7 @@ class AttentionMeter:
         return None
 
     def _sample(self, is_token_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions of the queries, and how many queries each stands for; 0 fills up short sequences."""
+        """Sample positions of queries and the number that each stands for; 0 fills up short sequences."""
         generator = derive_random(self._seed, "attention queries", self._num_batches)
         rows = [row.nonzero().squeeze(-1).tolist() for row in is_token_BS.cpu()]
         width = min(self._num_queries, max((len(row) for row in rows), default=0))
@@ -99,14 +99,14 @@ class AttentionMeter:
             count = min(width, len(places))
             edges = [place * len(places) // max(count, 1) for place in range(count + 1)]
             drawn = [generator.randrange(start, end) for start, end in itertools.pairwise(edges)]
-            # the last query is the last token's, which alone sees every token; it also fills up
+            # the last query is the last token's, which alone attends to every token; it also fills up
             drawn[-1:] = [len(places) - 1] * (width - len(drawn) + 1)
             queries.append([places[one] for one in drawn] if places else [0] * width)
             lengths = [end - start for start, end in itertools.pairwise(edges)]
             stretches.append(lengths + [0] * (width - count))
         return torch.tensor(queries), torch.tensor(stretches, dtype=torch.float32)
 
-    def see(self, module: nn.Module, weights_BHQS: Tensor, is_seen_BQS: Tensor) -> None:
+    def record(self, module: nn.Module, weights_BHQS: Tensor, is_visible_BQS: Tensor) -> None:
         """Reduce the sampled queries' weights to what each position received."""
         num_heads, num_queries = weights_BHQS.shape[1:3]
         # 1 2 2 1 1 2 2 1: what grows or falls along a sequence is the same in both halves
@@ -114,15 +114,15 @@ class AttentionMeter:
         stands_for_B2Q = self._stretch_BQ.unsqueeze(1) * torch.stack([in_first_Q, ~in_first_Q])
         # one product over heads and queries, which reads the weights once
         given_B2S = stands_for_B2Q.repeat(1, 1, num_heads) @ weights_BHQS.flatten(1, 2) / num_heads
-        seen_B2S = stands_for_B2Q @ is_seen_BQS.float()
+        seen_B2S = stands_for_B2Q @ is_visible_BQS.float()
         whole_BS = given_B2S.sum(1) / seen_B2S.sum(1)
-        # a token that only one half sees has the whole's estimate in both
+        # a token to which only one half attends has the whole's estimate in both
         is_split_BS = (seen_B2S > 0).all(dim=1) & (not self._is_exact)
         halves_2BS = (given_B2S / seen_B2S).transpose(0, 1)
         self._found[id(module)] = torch.where(is_split_BS, halves_2BS, whole_BS)
 
     def rows(self, mask: Tensor | None, is_causal: bool, length: int) -> tuple[Tensor, Tensor | None]:
-        """What the sampled queries see, bool (B, Q, S), and what is added to their scores, if anything."""
+        """Return where the sampled queries may attend, bool (B, Q, S), and what is added to their scores."""
         queries_BQ = self._queries_BQ
         if mask is None:
             places = torch.arange(length, device=queries_BQ.device)
@@ -136,14 +136,14 @@ class AttentionMeter:
         return rows[:, 0] > torch.finfo(rows.dtype).min / 2, rows
 
     def rows_of(self, weights_BSS: Tensor) -> Tensor:
-        """The sampled queries' rows of all weights, (B, Q, S)."""
+        """Return the sampled queries' rows of all weights, (B, Q, S)."""
         index = self._queries_BQ.unsqueeze(-1).expand(-1, -1, weights_BSS.shape[-1])
         return weights_BSS.gather(1, index)
 
     def weights(
         self, query: Tensor, key: Tensor, scaling: float, seen_BQS: Tensor, added: Tensor | None
     ) -> Tensor:
-        """Softmax weights of the sampled queries: float32 (B, H, Q, S)."""
+        """Return softmax weights of the sampled queries: float32 (B, H, Q, S)."""
         num_sequences, num_heads, _, width = query.shape
         index = self._queries_BQ[:, None, :, None].expand(-1, num_heads, -1, width)
         # query heads that share a key head are one matrix, so that keys are not repeated
@@ -156,7 +156,7 @@ class AttentionMeter:
 
 
 def _attention_beside(model: Any, layer: MoeLayer) -> list[nn.Module]:
-    """Modules of the layer's decoder block that may attend; which of them does shows when it runs."""
+    """Return modules of the layer's decoder block that may be its attention; the one that runs is."""
     parts = layer.name.split(".")
     last = max(place for place, part in enumerate(parts) if part.isdigit())
     block = model.get_submodule(".".join(parts[: last + 1]))
@@ -171,15 +171,15 @@ def _watched_sdpa(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> Any:
-    """Stock SDPA, and beside it the softmax of the sampled queries' scores."""
+    """Run stock SDPA and, beside it, the softmax of the sampled queries' scores."""
     meter = getattr(module, _METER, None)
     if meter is not None and kwargs.get("position_bias") is None:
         is_causal = kwargs.get("is_causal")
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        seen, added = meter.rows(attention_mask, bool(is_causal), key.shape[2])
+        visible, added = meter.rows(attention_mask, bool(is_causal), key.shape[2])
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        meter.see(module, meter.weights(query, key, scaling, seen, added), seen)
+        meter.record(module, meter.weights(query, key, scaling, visible, added), visible)
     return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
 
@@ -191,14 +191,14 @@ def _watched_eager(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> Any:
-    """The family's own eager attention, of whose weights the sampled queries' are taken."""
+    """Run the family's own eager attention and take the sampled queries' rows of its weights."""
     stock = cast(Any, sys.modules[type(module).__module__]).eager_attention_forward
     output, weights = stock(module, query, key, value, attention_mask, **kwargs)
     meter = getattr(module, _METER, None)
     if meter is not None and weights is not None:
-        seen, _ = meter.rows(attention_mask, True, key.shape[2])
+        visible, _ = meter.rows(attention_mask, True, key.shape[2])
         rows = meter.rows_of(weights.float().mean(1)[..., : key.shape[2]])
-        meter.see(module, rows.unsqueeze(1), seen)
+        meter.record(module, rows.unsqueeze(1), visible)
     return output, weights
 
 

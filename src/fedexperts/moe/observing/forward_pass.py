@@ -1,7 +1,7 @@
-"""One pass over batches that trains nothing, with any number of observers at the experts.
+"""Run one pass over batches without training, with any number of observers at the experts.
 
-Whoever wants to know what a model does with data is an :class:`Observer`; several share one pass, so that a
-profile, a choice of experts and a check of a merge cost the model's forward pass once.
+Code that measures what a model does with data is an :class:`Observer`. Several share one pass, so that a
+profile, a choice of experts and a check of a merge cost one forward pass together.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,21 +27,21 @@ class TokenBatch(Protocol):
 
 
 class Observer(Protocol):
-    """What looks on while batches pass."""
+    """Interface of an observer of a pass over batches."""
 
     def watching(self) -> AbstractContextManager[None]:
-        """Hooks are in place inside it, and gone after it."""
+        """Install hooks inside the ``with`` block and remove them after it."""
 
     def begin(self, is_token_BS: Tensor) -> None:
-        """The next forward pass has these positions: bool (batch, length), False for padding."""
+        """Announce the positions of the next forward pass: bool (batch, length), False for padding."""
 
     def end(self) -> None:
-        """The forward pass is over."""
+        """End the forward pass."""
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()``, with every module's own mode put back at the end."""
+    """Run ``model.eval()`` inside the ``with`` block; restore every module's own mode at the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -53,10 +53,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def run_pass(model: Any, batches: Iterable[TokenBatch], observers: Sequence[Observer], purpose: str) -> int:
-    """Call ``model`` on every batch while the observers watch; returns the number of batches.
+    """Call ``model`` on every batch while the observers observe; return the number of batches.
 
-    The model runs in evaluation mode, in which gradient checkpointing is off (no token is seen twice) and no
-    router draws at random (PhiMoE's does in training). Logits are computed for one position only.
+    The model runs in evaluation mode, in which gradient checkpointing is off (no token is counted twice) and
+    no router draws at random (PhiMoE's does in training). Logits are computed for one position only.
 
     Args:
         purpose: what the batches are for, for the error: "there is no batch to ...".

@@ -1,4 +1,4 @@
-"""Logits where a label follows, for whoever compares predictions inside ``moe``.
+"""Compute logits only at positions where a label follows, for comparisons of predictions inside ``moe``.
 
 Shape suffixes: ``B`` sequences, ``T`` positions, ``M`` label tokens, ``V`` entries of the vocabulary.
 """
@@ -17,7 +17,7 @@ _IGNORED_LABEL: Final = -100
 
 
 class LabelledBatch(TokenBatch, Protocol):
-    """Padded token ids and what is to be predicted."""
+    """Padded token ids and labels."""
 
     @property
     def labels(self) -> Tensor:
@@ -26,10 +26,10 @@ class LabelledBatch(TokenBatch, Protocol):
 
 @contextmanager
 def logits_only_where(is_asked: Tensor, model: Any) -> Iterator[None]:
-    """Make logits of the asked positions (B, T) alone: shape (M, V), and not (B, T, V).
+    """Compute logits of the given positions (B, T) alone: shape (M, V) instead of (B, T, V).
 
-    Most of a batch is prompt, whose logits nobody looks at; with a large vocabulary they cost more time and
-    memory than a layer does.
+    Most of a batch is prompt, whose logits are not used; with a large vocabulary they cost more time and
+    memory than a layer.
     """
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][is_asked],))
@@ -40,7 +40,7 @@ def logits_only_where(is_asked: Tensor, model: Any) -> Iterator[None]:
 
 
 def label_logits(model: Any, batch: LabelledBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (M, V) that predict the labels, the labels (M,), and the row of the batch of each (M,).
+    """Return logits (M, V) that predict the labels, the labels (M,), and the row of the batch of each (M,).
 
     All are on the model's device; the logits are differentiable and in the model's dtype.
     """

@@ -1,17 +1,17 @@
-"""Gradient utility without a backward pass: Flux's forward-only estimate, for experts that are only explored.
+"""Estimate gradient utility without a backward pass: Flux's forward-only estimate for explored experts.
 
 For Gaussian ``ξ`` of standard deviation ``σ`` the mean of ``(g · ξ / σ)²`` is ``‖g‖²``. Two forward passes
-with ``W + ξ`` and ``W - ξ`` give ``g · ξ`` for the gradient ``g`` of a loss, up to third order, and for the
-loss of every sequence of a batch at once. (The paper's notes divide a loss by a vector; this is what can be
-meant, and what utility needs.) One pair of passes is a single draw of a chi-squared variable of one degree of
+with ``W + ξ`` and ``W - ξ`` give ``g · ξ`` for the gradient ``g`` of a loss, up to third order, for every
+sequence of a batch at once. (The paper's notes divide a loss by a vector; this is a reading that makes sense
+and that utility needs.) One pair of passes is a single draw of a chi-squared variable of one degree of
 freedom for each sequence: the estimate of one sequence has a standard deviation of 1.4 times its value, and
 sums over sequences and pairs have less.
 
 A gradient holds the choice of experts fixed, and noise does not: a token that changes its experts in a later
-layer makes the loss jump, and a jump divided by a small ``σ`` is huge. So a token whose choice changes is
-given the experts and weights of the pass without noise, and the size of ``σ`` hardly matters.
+layer makes the loss jump, and a jump divided by a small ``σ`` is huge. A token whose choice changes is
+therefore given the experts and weights of the pass without noise, and the size of ``σ`` hardly matters.
 
-No weight is changed: the probed expert is run with other weights than the model's.
+No weight is changed: the probed expert runs with a perturbed copy of its weights.
 
 Shape suffixes: ``B`` sequences of a batch, ``E`` experts, ``L`` layers, ``T`` tokens, ``K`` top-k.
 """
@@ -40,7 +40,7 @@ RELATIVE_SIGMA = 0.05
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some sequences of a batch, and where their tokens are sent without noise."""
+    """Some sequences of a batch, with the routing of their tokens without noise."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -60,7 +60,7 @@ def probed_utility(
     seed: int,
     relative_sigma: float = RELATIVE_SIGMA,
 ) -> Utility:
-    """Estimate of ``gradient_utility`` per sample for the chosen experts.
+    """Estimate ``gradient_utility`` per sample for the chosen experts.
 
     It costs one pass, and two passes for each pair and chosen expert over the sequences that reach it.
 
@@ -97,22 +97,22 @@ def probed_utility(
 
 
 class _RoutedBatch:
-    """A batch, and which experts its tokens are sent to."""
+    """A batch, with the experts to which its tokens are sent."""
 
     def __init__(self, model: Any, layers: Sequence[MoeLayer], batch: LabelledBatch) -> None:
         self._batch = batch
         found: dict[int, tuple[Tensor, Tensor]] = {}
         shape = (*batch.attention_mask.shape, -1)
 
-        def see(layer: MoeLayer, _: Tensor, index_TK: Tensor, weight_TK: Tensor, __: Tensor) -> None:
+        def record(layer: MoeLayer, _: Tensor, index_TK: Tensor, weight_TK: Tensor, __: Tensor) -> None:
             found[layer.index] = index_TK.reshape(shape), weight_TK.reshape(shape)
 
-        with seam.watch_experts(layers, see):
+        with seam.watch_experts(layers, record):
             sample_losses(model, batch)
         self._routing = [found[layer.index] for layer in layers]
 
     def reached(self, at: int, expert: int) -> _Rows:
-        """The sequences of which a token is sent to ``expert`` of the layer in place ``at``."""
+        """Return the sequences with a token that is sent to ``expert`` of the layer in place ``at``."""
         batch, (index_BSK, _) = self._batch, self._routing[at]
         is_token_BS = batch.attention_mask.bool().to(index_BSK.device)
         is_hit_B = ((index_BSK == expert).any(dim=-1) & is_token_BS).any(dim=-1)
@@ -127,7 +127,7 @@ class _RoutedBatch:
 
 @contextmanager
 def _held_routing(layers: Sequence[MoeLayer], part: _Rows) -> Iterator[None]:
-    """Send tokens that would change their experts where they went without noise."""
+    """Route tokens that would change their experts to the experts of the pass without noise."""
 
     def hook(at: int) -> Any:
         held_TK, held_weight_TK = (each.flatten(0, 1) for each in part.routing[at])
@@ -168,7 +168,7 @@ class _Probe:
         }
 
     def squares(self, model: Any, part: _Rows) -> float:
-        """Estimate of the sum over sequences of the squared gradient norm."""
+        """Estimate the sum over sequences of the squared gradient norm."""
         above_B, below_B = (self._losses(model, part, sign) for sign in (1, -1))
         slope_B = (above_B - below_B) / (2 * max(self._sigma, 1e-30))
         return float(slope_B.square().sum())
@@ -180,7 +180,7 @@ class _Probe:
 
 
 def _place(layer: MoeLayer, expert: int) -> tuple[str, int]:
-    """Which of the layer's banks an expert is in, and where in it."""
+    """Return the bank of the layer that holds an expert, and the expert's place in it."""
     slots: Slots = seam.slots_of(layer)
     singles = (*slots.plan.tuned, *slots.plan.kept)
     if expert not in singles:
@@ -190,11 +190,11 @@ def _place(layer: MoeLayer, expert: int) -> tuple[str, int]:
 
 
 class _NoisyBank(nn.Module):
-    """A bank of which one expert is run with other weights."""
+    """A bank that runs one expert with other weights."""
 
     def __init__(self, bank: Bank, index: int, noise: Mapping[str, Tensor]) -> None:
         super().__init__()
-        # In a tuple, so that its weights keep their one name in the model.
+        # In a tuple, so that the bank is not registered as a submodule and its weights keep one name.
         self._bank, self._index, self._noise = (bank,), index, noise
 
     @property

@@ -1,4 +1,4 @@
-"""What goes where: tokens per expert and the attention they receive, from forward passes that train nothing.
+"""Profile experts: tokens per expert and the attention they receive, from forward passes without training.
 
 Shape suffixes: ``T`` positions of a batch, ``D`` hidden, ``E`` experts, ``K`` top-k.
 """
@@ -18,7 +18,7 @@ from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.seam import MoeLayer
 
 TokensPerExpert = list[Tensor]
-"""How many tokens each expert was chosen for: by MoE layer an int64 tensor (E,) in main memory."""
+"""Number of tokens for which each expert was chosen: by MoE layer an int64 tensor (E,) in main memory."""
 
 OnMissing = Literal["refuse", "leave_out"]
 DEFAULT_QUERIES = 64
@@ -27,19 +27,19 @@ DEFAULT_QUERIES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class LayerProfile:
-    """Use of one layer's experts, in main memory; padding is not in it."""
+    """Use of one layer's experts, in main memory, without padding."""
 
     layer_index: int
     tokens_E: Tensor
     """Tokens that the router sent to each expert, int64; they sum to top-k times ``num_tokens``."""
     num_tokens: int
     mean_attention_E: Tensor | None
-    """Mean over an expert's tokens of the attention they receive (``attention.py``), float64;
-    0 for an expert without tokens; None if not asked for or if the layer's block has no softmax attention."""
+    """Mean over an expert's tokens of the attention they receive (``attention.py``), float64; 0 for an expert
+    without tokens; None if not asked for or if the layer's block has no softmax attention."""
     attention_error: float | None
-    """Standard error of ``mean_attention_E`` that comes from sampling queries, relative to its mean over the
-    experts, as the difference of two half samples shows it: rather too high, by up to two or three times
-    where weights change smoothly along a sequence; 0 if all queries counted."""
+    """Standard error of ``mean_attention_E`` from sampling queries, relative to its mean over the experts,
+    estimated from the difference of two half samples. It overestimates, by up to two or three times if
+    weights change smoothly along a sequence; 0 if all queries counted."""
 
     @property
     def frequency_E(self) -> Tensor:
@@ -59,7 +59,7 @@ class Profiler:
         on_missing: OnMissing = "refuse",
         seed: int = 0,
     ) -> None:
-        """Nothing seen yet.
+        """Prepare to profile ``layers``.
 
         Args:
             model: the model that will run.
@@ -87,7 +87,6 @@ class Profiler:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """See :class:`fedexperts.moe.observing.forward_pass.Observer`."""
         with ExitStack() as stack:
             if self._meter is not None:
                 stack.enter_context(self._meter.watching())
@@ -95,14 +94,12 @@ class Profiler:
             yield
 
     def begin(self, is_token_BS: Tensor) -> None:
-        """See :class:`fedexperts.moe.observing.forward_pass.Observer`."""
         self._is_token_T = is_token_BS.reshape(-1)
         self._num_tokens += int(is_token_BS.sum())
         if self._meter is not None:
             self._meter.begin(is_token_BS)
 
     def end(self) -> None:
-        """See :class:`fedexperts.moe.observing.forward_pass.Observer`."""
         if self._meter is None:
             return
         self._meter.end()
@@ -125,7 +122,8 @@ class Profiler:
             self._add_attention(layer, received_2BS.reshape(2, -1)[:, self._is_token_T], chosen_TK)
 
     def _add_attention(self, layer: MoeLayer, received_2T: Tensor, chosen_TK: Tensor) -> None:
-        """Rows of the sums: by each half of the queries, and the number of tokens that some query sees."""
+        """Add the attention received by each half of the queries, and the tokens to which some query
+        attends."""
         received_2T = received_2T.to(chosen_TK.device)
         is_known_T = received_2T[0].isfinite()
         added_3T = torch.cat([received_2T.where(is_known_T, 0.0), is_known_T.unsqueeze(0)]).double()
@@ -136,7 +134,7 @@ class Profiler:
             sums_3E.index_add_(1, chosen_T, added_3T)
 
     def profiles(self) -> list[LayerProfile]:
-        """What was seen up to now, a layer each."""
+        """Return the profiles up to now, one for each layer."""
         return [self._profile(layer) for layer in self._layers]
 
     def _profile(self, layer: MoeLayer) -> LayerProfile:
@@ -166,7 +164,7 @@ def profile_experts(
     on_missing: OnMissing = "refuse",
     seed: int = 0,
 ) -> list[LayerProfile]:
-    """Profile of each layer from one pass of ``model`` over ``batches``; arguments as for :class:`Profiler`.
+    """Profile each layer in one pass of ``model`` over ``batches``; arguments as for :class:`Profiler`.
 
     Raises:
         UserError: there is no batch; a layer has no softmax attention and ``on_missing`` is ``refuse``.
@@ -177,7 +175,7 @@ def profile_experts(
 
 
 def count_tokens(model: Any, batches: Iterable[TokenBatch]) -> TokensPerExpert:
-    """Tokens that the routers send to each expert in one pass over ``batches``, padding left out.
+    """Count the tokens that the routers send to each expert in one pass over ``batches``, padding left out.
 
     A layer's counts sum to top-k times the number of tokens. Needs no attention: every family has it.
 

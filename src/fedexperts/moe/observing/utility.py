@@ -1,23 +1,23 @@
-"""What tuning an expert is worth to a client: Flux's gradient utility (arXiv 2508.19078, eq. 3).
+"""Compute Flux's gradient utility of experts: the worth of tuning one to a client (arXiv 2508.19078, eq. 3).
 
     u_e = |D_e| · sqrt( (1 / |D_e|) Σ_{k∈D_e} ‖∇_{W_e} loss_k‖² )
 
-with ``D_e`` what reaches expert ``e`` and ``W_e`` all its weights. (The paper's sum of gradients lacks a
-norm; it is read as Oort's client utility, with gradients for losses.) What ``k`` runs over is left open. Two
-readings:
+with ``D_e`` the data that reaches expert ``e`` and ``W_e`` all its weights. (The paper's sum of gradients
+lacks a norm; it is read as Oort's client utility, with gradients in place of losses.) The paper leaves open
+what ``k`` runs over. There are two readings:
 
 ``sample``
-    ``k`` is a sequence and its loss the summed cross-entropy of its labels. Sequences do not see each other,
-    so that one backward pass of the sum holds the gradient of each: with inputs ``x_r`` and output gradients
+    ``k`` is a sequence and its loss the summed cross-entropy of its labels. Sequences do not attend to each
+    other, so one backward pass of the sum holds the gradient of each: with inputs ``x_r``, output gradients
     ``δ_r`` of its rows at a linear layer it is ``Σ_r δ_r x_rᵀ``, of squared norm
-    ``Σ_{r,s} (x_r · x_s)(δ_r · δ_s)``. No gradient is ever laid out.
+    ``Σ_{r,s} (x_r · x_s)(δ_r · δ_s)``. No gradient is ever materialised.
 ``token``
     ``k`` is one token's pass through the expert, and the loss that of its whole sequence: how it would move
     if the weights changed for that token alone, ``|x|² |δ|²``. Through attention this includes the losses of
     later tokens. It is not the gradient of the token's own loss, which takes a backward pass for each token.
 
-Both are exact and come out of the backward pass that runs anyway, for frozen experts too. The estimate that
-needs no backward pass is in :mod:`fedexperts.moe.observing.probe`.
+Both are exact and come from the backward pass that runs anyway, for frozen experts too.
+:mod:`fedexperts.moe.observing.probe` estimates utility without a backward pass.
 
 Shape suffixes: ``T`` tokens, ``B`` sequences of a batch, ``S`` their padded length, ``E`` experts, ``L``
 layers, ``R`` rows of one expert, ``M`` label tokens, ``V`` entries of the vocabulary.
@@ -53,16 +53,16 @@ class Utility:
     """|D|: samples or tokens that reached the expert, by layer int64 (E,)."""
 
     def values(self) -> list[Tensor]:
-        """Eq. 3, by layer float64 (E,); 0 for an expert that nothing reached."""
+        """Return eq. 3, by layer float64 (E,); 0 for an expert that no data reached."""
         pairs = zip(self.squares_LE, self.counts_LE, strict=True)
         return [(squares_E * counts_E).sqrt() for squares_E, counts_E in pairs]
 
 
 class GradientMeter:
-    """Adds up squared gradient norms in every backward pass inside :meth:`watching`."""
+    """Sums squared gradient norms over every backward pass inside :meth:`watching`."""
 
     def __init__(self, layers: Sequence[MoeLayer], per: Unit) -> None:
-        """``layers`` of one model, with or without slots; merged experts are not measured."""
+        """Measure ``layers`` of one model, with or without slots; merged experts are not measured."""
         self._layers, self._per = list(layers), per
         device = layers[0].device()
         sizes = [layer.num_experts for layer in layers]
@@ -74,12 +74,12 @@ class GradientMeter:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Gradients are seen inside it; layers without slots run by rows meanwhile."""
+        """Measure gradients inside the ``with`` block; layers without slots run expert by expert."""
         with run_by_rows(self._layers), seam.watch_gradients(self._layers, self._see):
             yield
 
     def begin(self, is_token_BS: Tensor, scale: float = 1.0) -> None:
-        """The next backward pass has these positions (bool, False for padding).
+        """Announce the positions of the next backward pass (bool, False for padding).
 
         Args:
             is_token_BS: of the batch, in the order in which the model flattens it.
@@ -88,7 +88,7 @@ class GradientMeter:
         self._is_token_T, self._length, self._scale = is_token_BS.reshape(-1), is_token_BS.shape[-1], scale
 
     def utility(self) -> Utility:
-        """What has been added up."""
+        """Return the sums so far."""
         return Utility(
             squares_LE=[each.cpu() for each in self._squares], counts_LE=[each.cpu() for each in self._counts]
         )
@@ -117,7 +117,7 @@ class GradientMeter:
 
 
 def _products(rows: RowGradients, is_token_R: Tensor, *, has_bias: bool) -> list[tuple[Tensor, Tensor]]:
-    """Input and output gradient of the expert's two products, float32; a bias is one more input of 1.
+    """Return input and output gradient of the expert's two products, float32; a bias is one more input of 1.
 
     The gradients of padding are set to 0.
     """
@@ -129,7 +129,7 @@ def _products(rows: RowGradients, is_token_R: Tensor, *, has_bias: bool) -> list
 
 
 def _sample_squares(products: Sequence[tuple[Tensor, Tensor]], sample_R: Tensor) -> Tensor:
-    """Sum over sequences of the squared norm of the weights' gradient; rows of one follow each other.
+    """Sum over sequences the squared norm of the weights' gradient; rows of one sequence are consecutive.
 
     Shapes: ``B`` here counts the sequences that have rows, ``N`` is the most rows of one, ``X`` any width.
     """
@@ -140,7 +140,7 @@ def _sample_squares(products: Sequence[tuple[Tensor, Tensor]], sample_R: Tensor)
     place_R = torch.arange(len(sample_R), device=size_B.device) + (number_R * longest - first_B[number_R])
 
     def inner(rows_RX: Tensor) -> Tensor:
-        """Inner products within each sequence, (B, N, N)."""
+        """Return inner products within each sequence, (B, N, N)."""
         padded_YX = rows_RX.new_zeros(len(size_B) * longest, rows_RX.shape[1])
         padded_BNX = padded_YX.index_copy_(0, place_R, rows_RX).reshape(len(size_B), longest, -1)
         return padded_BNX @ padded_BNX.mT
@@ -151,7 +151,7 @@ def _sample_squares(products: Sequence[tuple[Tensor, Tensor]], sample_R: Tensor)
 
 @contextmanager
 def run_by_rows(layers: Sequence[MoeLayer]) -> Iterator[None]:
-    """Give layers without slots one slot for each expert, in place: the same weights, run one by one."""
+    """Give layers without slots one slot for each expert, in place and with the same weights."""
     plain = [layer for layer in layers if seam.slots_of(layer) is None]
     for layer in plain:
         plan = SlotPlan(num_experts=layer.num_experts, kept=tuple(range(layer.num_experts)))
@@ -164,7 +164,7 @@ def run_by_rows(layers: Sequence[MoeLayer]) -> Iterator[None]:
 
 
 def sample_losses(model: Any, batch: LabelledBatch) -> Tensor:
-    """Summed cross-entropy of each sequence's labels in nats, float32 (B,) with gradients."""
+    """Return each sequence's summed cross-entropy of its labels in nats, float32 (B,) with gradients."""
     logits_MV, label_M, row_M = label_logits(model, batch)
     loss_M = functional.cross_entropy(logits_MV.float(), label_M, reduction="none")
     return loss_M.new_zeros(len(batch.labels)).index_add(0, row_M, loss_M)
@@ -173,10 +173,10 @@ def sample_losses(model: Any, batch: LabelledBatch) -> Tensor:
 def gradient_utility(
     model: Any, layers: Sequence[MoeLayer], batches: Iterable[LabelledBatch], *, per: Unit = "sample"
 ) -> Utility:
-    """Exact utility of every expert that has weights of its own, from one backward pass for each batch.
+    """Compute the exact utility of every expert that has weights of its own, one backward pass per batch.
 
-    No weight changes, none gets a gradient, and none needs to be trainable. In a training loop take
-    :class:`GradientMeter` instead, which adds little to the backward pass that is there.
+    No weight changes or gets a gradient, and none needs to be trainable. In a training loop use
+    :class:`GradientMeter` instead, which adds little to the backward pass that runs anyway.
 
     Args:
         model: called in evaluation mode, so that routing is the one that is evaluated.
@@ -206,7 +206,7 @@ def gradient_utility(
 
 @contextmanager
 def _graph_from_embedding(model: Any) -> Iterator[list[Tensor]]:
-    """Let the graph begin at the embedded tokens, which are put into the list, if nothing trains at all."""
+    """Start the graph at the embedded tokens, which are put into the list, if nothing trains at all."""
     start: list[Tensor] = []
 
     def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
-"""LoRA on chosen experts of a layer, each with its own rank, and the exact way back into their weights.
+"""Put LoRA on chosen experts of a layer, each with its own rank, and merge it exactly or remove it.
 
-PEFT's ``target_parameters`` adapts all experts of a fused parameter with one rank and makes the update of
-all of them in every forward pass. Here the chosen experts get slots of their own
-(``slots.py``), the others stay frozen in theirs, and only the chosen ones' updates are made.
+PEFT's ``target_parameters`` adapts all experts of a fused parameter with one rank and computes the update of
+all of them in every forward pass. Here the chosen experts get slots of their own (``slots.py``), the others
+stay frozen in theirs, and only the updates of the chosen ones are computed.
 
     W' = W + (alpha / rank) B A,   B = 0 at the start
 
-``W`` may be in few bits (``quantize.py`` first, LoRA after it): its codes do not change, and
-the chosen experts' updated weights are dense in float32 from the forward pass to the backward pass.
+``W`` may be quantised (``quantize.py`` first, LoRA after it): its codes do not change, and the updated
+weights of the chosen experts are dense in float32 from the forward pass to the backward pass.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from fedexperts.seeds import derive_seed
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertLoraForm:
-    """Which experts of a layer get LoRA, and how much of it."""
+    """Experts of a layer that get LoRA, with their ranks."""
 
     ranks: Mapping[int, int]
     """Rank by expert."""
@@ -53,15 +53,12 @@ class FrozenExperts(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """How many there are."""
         return len(next(self.buffers()))
 
     def expert(self, index: int) -> dict[str, Tensor]:
-        """Weights of one."""
         return {name: weight[index] for name, weight in self.named_buffers()}
 
     def trained(self) -> dict[str, Tensor]:
-        """Nothing."""
         return {}
 
 
@@ -86,11 +83,10 @@ class LoraExperts(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """How many there are."""
         return len(self.form.ranks)
 
     def expert(self, index: int) -> dict[str, Tensor]:
-        """Weights of one with its update, float32."""
+        """Return the weights of one expert with its update, float32."""
         expert, rank = list(self.form.ranks.items())[index]
         lora_A, lora_B = self.lora_A[str(expert)], self.lora_B[str(expert)]
         assert isinstance(lora_A, nn.ParameterDict)
@@ -102,7 +98,7 @@ class LoraExperts(nn.Module):
         }
 
     def trained(self) -> dict[str, Tensor]:
-        """Updated weights of all, stacked; gradients reach A and B through them."""
+        """Return the updated weights of all, stacked; gradients reach A and B through them."""
         everyone = [self.expert(index) for index in range(self.num_experts)]
         return {name: torch.stack([weights[name] for weights in everyone]) for name in everyone[0]}
 
@@ -115,10 +111,10 @@ def _start(matrix: Tensor, rank: int, generator: torch.Generator) -> nn.Paramete
 
 
 def add_expert_lora(layer: MoeLayer, form: ExpertLoraForm, seed: int) -> tuple[str, ...]:
-    """Give the experts named in ``form.ranks`` LoRA; all others stay frozen. Returns the new parameters'
+    """Add LoRA to the experts named in ``form.ranks``, freeze all others, and return the new parameters'
     names.
 
-    The layer's output does not change until the update is trained. Where all its experts are quantised, they
+    The layer's output does not change until the update is trained. If all its experts are quantised, they
     stay so.
 
     Raises:
@@ -141,7 +137,7 @@ def add_expert_lora(layer: MoeLayer, form: ExpertLoraForm, seed: int) -> tuple[s
 def _parted(
     layer: MoeLayer, chosen: Sequence[int], others: Sequence[int]
 ) -> tuple[FrozenExperts | QuantizedBank, Mapping[str, Tensor] | QuantizedBank]:
-    """The experts that get LoRA and the rest, as they are stored now."""
+    """Split the experts, as they are stored, into those that get LoRA and the rest."""
     slots = seam.slots_of(layer)
     if slots is None:
         fused = seam.fused_weights(layer)
@@ -154,9 +150,9 @@ def _parted(
 
 
 def merge_expert_lora(layer: MoeLayer) -> None:
-    """Write the updates into the experts' weights, in the model's dtype, and take the slots away.
+    """Write the updates into the experts' weights, in the model's dtype, and remove the slots.
 
-    Experts in few bits come back dense, with the values that they have in few bits.
+    Quantised experts come back dense, with their quantised values.
 
     Raises:
         UserError: as :func:`remove_expert_lora` does.
@@ -166,7 +162,7 @@ def merge_expert_lora(layer: MoeLayer) -> None:
 
 
 def remove_expert_lora(layer: MoeLayer) -> None:
-    """Take the updates away: the layer is again what it was before :func:`add_expert_lora`, bit for bit.
+    """Remove the updates: the layer is bit for bit as before :func:`add_expert_lora`.
 
     Raises:
         UserError: the layer has no LoRA on experts, or its other experts were quantised after it was added.

@@ -1,7 +1,7 @@
-"""Personal experts beside whatever is at the seam, each behind a sigmoid gate of its own (FLEx, eq. 2).
+"""Graft personal experts beside the experts of a layer, each behind a sigmoid gate (FLEx, eq. 2).
 
-With routed output ``M(x)``, graft ``S`` and gate ``g, b``: ``y = M(x) + sigmoid(g·x + b) S(x)``; of several
-grafts the gated outputs are added up. The frozen experts, the router and the shared expert stay untouched.
+With routed output ``M(x)``, graft ``S`` and gate ``g, b``: ``y = M(x) + sigmoid(g·x + b) S(x)``; the gated
+outputs of several grafts are added. The frozen experts, the router and the shared expert are unchanged.
 
 Shape suffixes: ``T`` tokens, ``D`` hidden.
 """
@@ -22,14 +22,14 @@ from fedexperts.seeds import derive_seed
 
 @dataclass(frozen=True, kw_only=True)
 class GraftForm:
-    """How a graft is built and joined; the same on all layers."""
+    """Construction of a graft; the same on all layers."""
 
     gate: Literal["sigmoid", "none"] = "sigmoid"
     """``none`` fixes the gate open at 1: the ablation under which the paper's model collapses."""
     gate_init: Literal["router_row", "zero"] = "router_row"
     """Initial gate vector: the router's row of the chosen expert (reading 2), or zero."""
     gate_bias: float = 0.0
-    """Initial gate bias: 0 is half open before the router's row speaks, -4 is near closed."""
+    """Initial gate bias: 0 is half open before the router's row has an effect, -4 is nearly closed."""
     mix: Literal["add", "convex"] = "add"
     """``add``: M + s S (eq. 2); ``convex``: (1 - s) M + s S, with M the routed sum (reading 1)."""
     lora_rank: int = 0
@@ -73,7 +73,7 @@ class GraftedExpert(nn.Module):
             self.lora_B[name] = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
 
     def expert_weights(self) -> dict[str, Tensor]:
-        """The graft's matrices by parameter name, as one expert of the layer has them."""
+        """Return the graft's matrices by parameter name, as one expert of the layer has them."""
         if not self.form.lora_rank:
             return dict(self.weights.items())
         scale = self.form.lora_alpha / self.form.lora_rank
@@ -85,14 +85,14 @@ class GraftedExpert(nn.Module):
         }
 
     def openness(self, hidden_TD: Tensor) -> Tensor:
-        """The gate's value per token, shape (T, 1), in the dtype of ``hidden_TD``."""
+        """Return the gate's value per token, shape (T, 1), in the dtype of ``hidden_TD``."""
         if self.form.gate == "none":
             return hidden_TD.new_ones(hidden_TD.shape[0], 1)
         score_T1 = hidden_TD.float() @ self.gate_weight.unsqueeze(-1) + self.gate_bias
         return torch.sigmoid(score_T1).to(hidden_TD.dtype)
 
     def forward(self, experts: Any, hidden_TD: Tensor, routed_TD: Tensor) -> Tensor:
-        """The layer's output with the graft, shape (T, D); see ``Addition``."""
+        """Return the layer's output with the graft, shape (T, D); see ``Addition``."""
         gate_T1 = self.openness(hidden_TD)
         grafted_TD = one_expert.expert_output(experts, hidden_TD, self.expert_weights())
         kept_TD = (1 - gate_T1) * routed_TD if self.form.mix == "convex" else routed_TD
@@ -100,14 +100,14 @@ class GraftedExpert(nn.Module):
 
 
 class GraftedExperts(nn.ModuleList):
-    """Several grafts beside one layer: gated outputs add up, and of convex mixes the mean is taken."""
+    """Several grafts beside one layer: gated outputs are added; convex mixes are averaged."""
 
     def openness(self, hidden_TD: Tensor) -> Tensor:
-        """Each gate's value per token, shape (T, number of grafts), in the dtype of ``hidden_TD``."""
+        """Return each gate's value per token, shape (T, number of grafts), in the dtype of ``hidden_TD``."""
         return torch.cat([cast(GraftedExpert, one).openness(hidden_TD) for one in self], dim=-1)
 
     def forward(self, experts: Any, hidden_TD: Tensor, routed_TD: Tensor) -> Tensor:
-        """The layer's output with the grafts, shape (T, D); see ``Addition``."""
+        """Return the layer's output with the grafts, shape (T, D); see ``Addition``."""
         grafts = [cast(GraftedExpert, one) for one in self]
         if grafts[0].form.mix == "convex":
             return torch.stack([one(experts, hidden_TD, routed_TD) for one in grafts]).mean(0)
@@ -134,7 +134,7 @@ def graft(layers: Sequence[MoeLayer], chosen: Chosen, form: GraftForm, seed: int
     Raises:
         UserError: a chosen index is not an expert of its layer.
     """
-    # All are made before one is added, so that a mistake leaves the model as it was.
+    # All are built before one is installed, so that a mistake leaves the model unchanged.
     made = [_made(layer, experts, form, seed) for layer, experts in zip(layers, chosen, strict=True)]
     names: list[str] = []
     for layer, one in zip(layers, made, strict=True):
@@ -174,7 +174,7 @@ def graft_names(layers: Sequence[MoeLayer]) -> tuple[str, ...]:
 
 
 def ungraft(layers: Sequence[MoeLayer]) -> None:
-    """Take all grafts away."""
+    """Remove all grafts."""
     for layer in layers:
         if seam.addition_of(layer) is not None:
             seam.take_from_layer(layer)
@@ -184,7 +184,7 @@ def ungraft(layers: Sequence[MoeLayer]) -> None:
 def grafted(
     layers: Sequence[MoeLayer], chosen: Chosen, form: GraftForm, seed: int
 ) -> Iterator[tuple[str, ...]]:
-    """:func:`graft` for the length of a ``with`` block, and :func:`ungraft` after it."""
+    """Install grafts as :func:`graft` does inside a ``with`` block, and remove them after it."""
     names = graft(layers, chosen, form, seed)
     try:
         yield names
@@ -193,15 +193,14 @@ def grafted(
 
 
 class GateMeter:
-    """Mean openness of each layer's gates over the tokens seen while it watches, padding left out."""
+    """Meter of the mean openness of each layer's gates over the tokens it has counted, padding left out."""
 
     def __init__(self) -> None:
-        """Nothing seen yet."""
         self._sum: dict[int, float] = {}
         self._num_tokens: dict[int, int] = {}
 
     def see(self, layer: MoeLayer, hidden_TD: Tensor, *_: Tensor) -> None:
-        """Add one layer's tokens; give this to :func:`fedexperts.moe.surgery.seam.watch_experts`."""
+        """Add one layer's tokens; pass this to :func:`fedexperts.moe.surgery.seam.watch_experts`."""
         is_token_T = is_token(hidden_TD.shape[0])
         with torch.no_grad():
             opened_TG = seam.addition_of(layer).openness(hidden_TD).float()
@@ -211,10 +210,10 @@ class GateMeter:
         self._num_tokens[layer.index] = self._num_tokens.get(layer.index, 0) + opened_TG.shape[0]
 
     def means(self) -> dict[int, float]:
-        """Mean openness by layer seen, from 0 (closed) to 1; of several gates the mean."""
+        """Return the mean openness by layer, from 0 (closed) to 1; the mean over several gates."""
         return {index: total / self._num_tokens[index] for index, total in self._sum.items()}
 
 
 def names_of_kind(names: Mapping[str, Any] | Sequence[str], *, is_gate: bool) -> tuple[str, ...]:
-    """Those of a graft's parameter ``names`` that belong to the gate, or those that do not."""
+    """Return those of a graft's parameter ``names`` that belong to the gate, or those that do not."""
     return tuple(name for name in names if name.endswith((".gate_weight", ".gate_bias")) is is_gate)

@@ -1,12 +1,12 @@
-"""Matrices in 8, 4, 3 or 2 bits a value: groups along the input dimension, rounded to the nearest, packed.
+"""Quantise matrices to 8, 4, 3 or 2 bits per value: groups along the input, rounded to nearest, packed.
 
-A group of ``group_size`` values shares a scale ``s`` and a zero point ``z``; a value ``x`` is kept as the
-code ``c = round(x / s) + z`` and comes back as ``(c - z) s``. The codes reach from the group's least to its
-largest value (asymmetric): at equal group size the error on normally distributed weights is 15 % smaller with
-4 bits than with codes from -7 to 7, and 36 % smaller with 2 than with -1 to 1, for one more byte per group.
-Zero is always a code, so zeros stay zeros and padding costs no accuracy. The scale is kept in bfloat16, which
-reaches as far as float32, and is rounded up, so that the ends of the group stay within reach: ``|x - (c - z)
-s| <= s/2``.
+A group of ``group_size`` values shares a scale ``s`` and a zero point ``z``; a value ``x`` is stored as the
+code ``c = round(x / s) + z`` and read as ``(c - z) s``. The codes span the group's smallest to largest value
+(asymmetric): at equal group size the error on normally distributed weights is 15 % smaller with 4 bits than
+with codes from -7 to 7, and 36 % smaller with 2 than with -1 to 1, for one more byte per group. Zero is
+always a code, so zeros stay zeros and padding costs no accuracy. The scale is stored in bfloat16, which has
+the range of float32, and is rounded up, so that the ends of the group stay within range: ``|x - (c - z) s| <=
+s/2``.
 
 Shape suffixes: ``R`` rows (outputs), ``C`` columns (inputs), ``G`` groups of a row.
 """
@@ -29,13 +29,13 @@ _ALIGN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class LowBitForm:
-    """How a matrix is quantised."""
+    """Form in which a matrix is quantised."""
 
     bits: Bits = 4
     """Bits of a code: 8, 4, 3 or 2."""
     group_size: int = 64
-    """Neighbouring inputs that share a scale and a zero point; a multiple of 8. A row that it does not divide
-    is padded with zeros, and a row shorter than it is one group."""
+    """Neighbouring inputs that share a scale and a zero point; a multiple of 8. A row whose length it does
+    not divide is padded with zeros, and a shorter row is one group."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be packed."""
@@ -45,20 +45,21 @@ class LowBitForm:
             raise UserError(f"group_size is {self.group_size}; it must be a positive multiple of {_ALIGN}")
 
     def group_of(self, num_columns: int) -> int:
-        """The group size that rows of ``num_columns`` values really get."""
+        """Return the actual group size of rows of ``num_columns`` values."""
         return min(self.group_size, -(-num_columns // _ALIGN) * _ALIGN)
 
     def num_groups(self, num_columns: int) -> int:
-        """Groups of a row of ``num_columns`` values."""
+        """Return groups of a row of ``num_columns`` values."""
         return -(-num_columns // self.group_of(num_columns))
 
     def row_bytes(self, num_columns: int) -> int:
-        """Bytes of a row's packed codes, scales and zero points left out."""
+        """Return the bytes of a row's packed codes, without scales and zero points."""
         return self.num_groups(num_columns) * self.group_of(num_columns) * self.bits // 8
 
 
 def pack(codes: Tensor, bits: Bits) -> Tensor:
-    """Codes (..., C) uint8, each below ``2**bits`` and C a multiple of 8, to bytes (..., C * bits / 8)."""
+    """Pack codes (..., C) uint8, each below ``2**bits``, C a multiple of 8, into bytes (..., C * bits /
+    8)."""
     num_codes, planes, shift = codes.shape[-1], [], 0
     assert num_codes % _ALIGN == 0, f"{num_codes} codes do not fill whole bytes"
     for width in _PLANES[bits]:
@@ -73,7 +74,7 @@ def pack(codes: Tensor, bits: Bits) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: Bits) -> Tensor:
-    """The codes (..., C) uint8 that :func:`pack` packed; with 8 bits they are ``packed`` itself."""
+    """Unpack the codes (..., C) uint8 that :func:`pack` packed; with 8 bits they are ``packed`` itself."""
     if bits == 8:
         return packed
     num_codes = packed.shape[-1] * 8 // bits
@@ -89,7 +90,8 @@ def unpack(packed: Tensor, bits: Bits) -> Tensor:
 
 
 def _part(plane: Tensor, width: int, position: int, out: Tensor | None) -> Tensor:
-    """The ``position``-th lowest ``width`` bits of each byte; each pass over memory that can be spared is."""
+    """Return the ``position``-th lowest ``width`` bits of each byte, in as few passes over memory as
+    possible."""
     mask, lowest = 2**width - 1, width * position
     if position == 0:
         return torch.bitwise_and(plane, mask, out=out)
@@ -102,12 +104,13 @@ def _split_planes(packed: Tensor, bits: Bits, num_codes: int) -> tuple[Tensor, .
 
 
 def _folded(tensor: Tensor, num_parts: int) -> Tensor:
-    """The last dimension cut into ``num_parts`` equal runs: (..., parts, C / parts), a view."""
+    """Return the last dimension cut into ``num_parts`` equal runs: (..., parts, C / parts), a view."""
     return tensor.view(*tensor.shape[:-1], num_parts, tensor.shape[-1] // num_parts)
 
 
 def quantize(weight_RC: Tensor, form: LowBitForm) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed codes (..., R, bytes) uint8, scale (..., R, G) bfloat16 and zero point (..., R, G) uint8.
+    """Quantise to packed codes (..., R, bytes) uint8, scale (..., R, G) bfloat16, zero point (..., R, G)
+    uint8.
 
     Raises:
         UserError: a value is NaN or infinite.
@@ -129,7 +132,7 @@ _AROUND_0: tuple[dict[str, float], ...] = ({"max": 0.0}, {"min": 0.0})
 
 
 def _in_groups(weight_RC: Tensor, form: LowBitForm) -> Tensor:
-    """``weight_RC`` as (..., R, G, group), padded with zeros."""
+    """Return ``weight_RC`` as (..., R, G, group), padded with zeros."""
     num_columns = weight_RC.shape[-1]
     group = form.group_of(num_columns)
     missing = form.num_groups(num_columns) * group - num_columns
@@ -138,7 +141,7 @@ def _in_groups(weight_RC: Tensor, form: LowBitForm) -> Tensor:
 
 
 def _rounded_up(positive: Tensor) -> Tensor:
-    """Float32 above zero to the next bfloat16 that is not smaller."""
+    """Round float32 above zero up to the next bfloat16 that is not smaller."""
     bits = (positive.view(torch.int32) + 0xFFFF) >> 16
     return bits.to(torch.int16).view(torch.bfloat16)
 
@@ -146,7 +149,7 @@ def _rounded_up(positive: Tensor) -> Tensor:
 def dequantize(
     packed: Tensor, scale: Tensor, zero: Tensor, form: LowBitForm, num_columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """What :func:`quantize` kept of a matrix, (..., R, ``num_columns``) in ``dtype``.
+    """Restore the matrix that :func:`quantize` stored, (..., R, ``num_columns``) in ``dtype``.
 
     Differences of codes are whole numbers up to 255 and the scale is bfloat16, so that each value is rounded
     once, to ``dtype``.

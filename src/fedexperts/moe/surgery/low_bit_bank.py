@@ -1,8 +1,8 @@
-"""A bank of quantised experts: the fused 3-D weights of a layer in few bits, one expert made dense at a time.
+"""Keep the fused 3-D weights of a layer quantised in a bank, and make one expert dense at a time.
 
-An expert's matrices are packed (``low_bit.py``); ``rows.py`` has them made
-dense for the expert's rows in the forward pass, thrown away, and made dense again in the backward pass, so
-that training through frozen experts keeps no dense weight. Biases stay as they are.
+An expert's matrices are packed (``low_bit.py``). ``rows.py`` asks for them dense in the forward pass, drops
+them, and asks again in the backward pass, so that training through frozen experts keeps no dense weight.
+Biases are not quantised.
 """
 
 import json
@@ -28,7 +28,7 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertShapes:
-    """What a bank must know of the experts that it keeps."""
+    """Shapes and dtype that a bank must know of its experts."""
 
     shapes: Mapping[str, tuple[int, ...]]
     """Shape of one expert's tensor by parameter name; two dimensions are quantised, one is a bias."""
@@ -39,7 +39,7 @@ class ExpertShapes:
 
     @classmethod
     def of_layer(cls, layer: MoeLayer) -> "ExpertShapes":
-        """Those of the experts in a layer's fused parameters."""
+        """Return those of the experts in a layer's fused parameters."""
         fused = seam.fused_weights(layer)
         return cls(
             shapes={name: tuple(weight.shape[1:]) for name, weight in fused.items()},
@@ -54,7 +54,7 @@ class PackedMatrices(nn.Module):
     def __init__(
         self, num_experts: int, shape: tuple[int, ...], kept: ExpertShapes, form: LowBitForm
     ) -> None:
-        """Room for ``num_experts`` matrices of ``shape``, of undefined content."""
+        """Reserve room for ``num_experts`` matrices of ``shape``, of undefined content."""
         super().__init__()
         self.form, self.is_transposed = form, kept.is_transposed
         rows, self.num_columns = shape[::-1] if kept.is_transposed else shape
@@ -73,7 +73,7 @@ class PackedMatrices(nn.Module):
             buffer[index] = part
 
     def dense(self, index: int, dtype: torch.dtype) -> Tensor:
-        """Expert ``index``'s matrix in the layer's layout."""
+        """Return expert ``index``'s matrix in the layer's layout."""
         codes, scale, zero = (part[index] for part in self._parts())
         matrix = dequantize(codes, scale, zero, self.form, self.num_columns, dtype)
         return matrix.T if self.is_transposed else matrix
@@ -86,7 +86,7 @@ class QuantizedBank(nn.Module):
     """Frozen experts in few bits, a bank of ``rows.py``; all its tensors are buffers."""
 
     def __init__(self, num_experts: int, kept: ExpertShapes, form: LowBitForm) -> None:
-        """Room for ``num_experts`` experts, of undefined content until :meth:`write`."""
+        """Reserve room for ``num_experts`` experts, of undefined content until :meth:`write`."""
         super().__init__()
         self.num_experts, self.kept, self.form = num_experts, kept, form
         self.matrices, self.biases = nn.ModuleDict(), nn.Module()
@@ -119,7 +119,7 @@ class QuantizedBank(nn.Module):
         return cast(Tensor, getattr(self.biases, name))
 
     def expert(self, index: int) -> dict[str, Tensor]:
-        """Dense weights of one expert, in the layer's layout and dtype."""
+        """Return dense weights of one expert, in the layer's layout and dtype."""
         dtype = self.kept.dtype
         return {
             name: self._matrices(name).dense(index, dtype)
@@ -129,16 +129,15 @@ class QuantizedBank(nn.Module):
         }
 
     def trained(self) -> dict[str, Tensor]:
-        """Nothing: what is in few bits has no gradient."""
         return {}
 
     def part(self, indices: Sequence[int]) -> "QuantizedBank":
-        """A bank of some of the experts, in the order given, code for code."""
+        """Return a bank of some of the experts, in the order given, code for code."""
         state = {name: tensor[list(indices)] for name, tensor in self.state_dict().items()}
         return self._like(len(indices), state)
 
     def joined(self, other: "QuantizedBank") -> "QuantizedBank":
-        """A bank of these experts and, behind them, those of ``other``, which is of the same form."""
+        """Return a bank of these experts followed by those of ``other``, which has the same form."""
         assert (self.kept, self.form) == (other.kept, other.form), "banks of one layer"
         theirs = other.state_dict()
         state = {name: torch.cat([tensor, theirs[name]]) for name, tensor in self.state_dict().items()}
@@ -151,11 +150,11 @@ class QuantizedBank(nn.Module):
         return bank
 
     def num_bytes(self) -> int:
-        """Bytes of all its tensors: codes, scales, zero points and biases."""
+        """Return bytes of all its tensors: codes, scales, zero points and biases."""
         return num_bytes(dict(self.named_buffers()))
 
     def num_dense_bytes(self) -> int:
-        """Bytes that its experts would take in their own dtype."""
+        """Return bytes that its experts would take in their own dtype."""
         values = sum(torch.Size(shape).numel() for shape in self.kept.shapes.values())
         return self.num_experts * values * self.kept.dtype.itemsize
 
@@ -163,7 +162,7 @@ class QuantizedBank(nn.Module):
 def bank_of(
     experts: Iterable[Mapping[str, Tensor]], num_experts: int, kept: ExpertShapes, form: LowBitForm, name: str
 ) -> QuantizedBank:
-    """A bank of ``num_experts`` experts that come one by one, say from disk; ``name`` is told in errors.
+    """Fill a bank with ``num_experts`` experts that come one by one, say from disk; errors name ``name``.
 
     Raises:
         UserError: as :meth:`QuantizedBank.write` does, with the expert's name.
@@ -200,7 +199,7 @@ def _describe(bank: QuantizedBank) -> dict[str, Any]:
 
 
 def load_banks(path: Path) -> dict[str, QuantizedBank]:
-    """The banks that :func:`save_banks` wrote, bit for bit.
+    """Load the banks that :func:`save_banks` wrote, bit for bit.
 
     Raises:
         UserError: the file is missing, damaged, or not such a file.

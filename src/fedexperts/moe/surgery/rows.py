@@ -1,14 +1,13 @@
-"""The (token, expert) pairs of a layer, grouped by expert and run once each, forward and backward.
+"""Group the (token, expert) pairs of a layer by expert and run each expert once, forward and backward.
 
-transformers' grouped matmul keeps a row of hidden size for every pair, works out weight gradients for all
-experts or none, and goes over main memory once for each small operation. Here an expert's rows are
-gathered, multiplied, gated, scaled by their routing weight and added to the output while they are in the
-cache, and the backward pass keeps nothing but what the gate saw. Weight gradients are made for trained
-experts only; an expert's weights may be made on the way (dequantised, for one), since one expert is looked
-at a time.
+transformers' grouped matmul keeps a row of hidden size for every pair, computes weight gradients for all
+experts or none, and goes over main memory once for each small operation. Here an expert's rows are gathered,
+multiplied, gated, scaled by their routing weight and added to the output while they are in the cache, and the
+backward pass keeps only the gate's input. Weight gradients are computed for trained experts only. Because one
+expert runs at a time, its weights may be made on demand (for example dequantised).
 
-Shape suffixes: ``T`` tokens, ``D`` hidden, ``K`` top-k, ``S`` experts that run, ``R`` pairs, ``I`` what the
-gate sees.
+Shape suffixes: ``T`` tokens, ``D`` hidden, ``K`` top-k, ``S`` experts that run, ``R`` pairs, ``I`` inputs of
+the gate.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,17 +22,17 @@ from fedexperts.moe.surgery import one_expert, seam
 
 
 class Bank(Protocol):
-    """Experts of one layer that are looked at one by one, whatever they are stored as."""
+    """Interface to experts of one layer that are read one by one, whatever their storage."""
 
     @property
     def num_experts(self) -> int:
-        """How many there are."""
+        """Number of experts."""
 
     def expert(self, index: int) -> dict[str, Tensor]:
-        """Dense weights of one, as :meth:`fedexperts.moe.surgery.seam.MoeLayer.expert` gives them."""
+        """Return dense weights of one expert, as :meth:`fedexperts.moe.surgery.seam.MoeLayer.expert` does."""
 
     def trained(self) -> dict[str, Tensor]:
-        """Stacked weights (S, ...) that get a gradient, by parameter name; empty for a frozen bank."""
+        """Return stacked weights (S, ...) that get a gradient, by parameter name; empty for a frozen bank."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Rows:
     """Pairs of each expert; they sum to R."""
 
     def part(self, start: int, stop: int) -> "Rows":
-        """The pairs of experts ``start`` to ``stop``."""
+        """Return the pairs of experts ``start`` to ``stop``."""
         first, last = sum(self.sizes[:start]), sum(self.sizes[:stop])
         return Rows(self.token_R[first:last], self.weight_R[first:last], self.sizes[start:stop])
 
@@ -68,10 +67,10 @@ def group_rows(slot_TK: Tensor, weight_TK: Tensor, num_slots: int) -> Rows:
 
 
 def run_rows(bank: Bank, experts: Any, hidden_TD: Tensor, rows: Rows) -> Tensor:
-    """Sum over each token's pairs of routing weight times expert output, shape (T, D) in float32 or wider.
+    """Sum routing weight times expert output over each token's pairs, shape (T, D) in float32 or wider.
 
-    Differentiable in ``hidden_TD``, in the routing weights, and in ``bank.trained()``. Under autocast
-    the rows are run in its dtype.
+    The result is differentiable in ``hidden_TD``, in the routing weights, and in ``bank.trained()``. Under
+    autocast the rows run in its dtype.
     """
     trained = bank.trained()
     assert not any(p.requires_grad for p in one_expert.norm_parameters(experts)), (
@@ -98,12 +97,12 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Job:
-    """What a pass over a bank needs besides tensors that autograd must see."""
+    """Non-tensor arguments of a pass over a bank."""
 
     bank: Bank
     experts: Any
     names: tuple[str, ...]
-    """Of the trained weights; empty for a frozen bank."""
+    """Parameter names of the trained weights; empty for a frozen bank."""
     token_R: Tensor
     sizes: list[int]
 
@@ -125,7 +124,7 @@ class _Job:
 
 
 class _ExpertRows(torch.autograd.Function):
-    """One bank's share of a layer's output."""
+    """Autograd function of one bank's share of a layer's output."""
 
     @staticmethod
     def forward(ctx: Any, job: _Job, hidden_TD: Tensor, weight_R: Tensor, *trained: Tensor) -> Tensor:
@@ -191,13 +190,13 @@ class RowGradients:
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    """Half precision is summed in float32."""
+    """Return the dtype of sums: float32 for half precision."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _leave(experts: Any, gated: Tensor, weights: dict[str, Tensor], scale: Tensor) -> Tensor:
-    """Scaled output. The scale is folded in before the last product, where rows are narrower, unless a norm
-    comes after it."""
+    """Return the scaled output. The scale is applied before the last product, where rows are narrower, unless
+    a norm comes after it."""
     scale = scale.to(gated.dtype)
     if one_expert.has_norm(experts):
         return scale * one_expert.norm_expert(experts, one_expert.leave_expert(experts, gated, weights))
@@ -205,7 +204,7 @@ def _leave(experts: Any, gated: Tensor, weights: dict[str, Tensor], scale: Tenso
 
 
 class _Back:
-    """One expert's backward pass over its chunk, from what its gate saw."""
+    """One expert's backward pass over its chunk, from the gate's input."""
 
     def __init__(self, experts: Any, weights: dict[str, Tensor], inner: Tensor, scale: Tensor) -> None:
         self._experts, self._weights, self._scale = experts, weights, scale.to(inner.dtype)
@@ -214,7 +213,7 @@ class _Back:
             self._gated = one_expert.gate_expert(experts, self._inner)
 
     def leave(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """From the gradient of the scaled output to that of what the gate saw, and of the scale (R,)."""
+        """Propagate the gradient of the scaled output to the gate's input, and to the scale (R,)."""
         gated = self._gated.detach()
         if one_expert.has_norm(self._experts):
             grad, grad_scale = self._through_norm(grad, gated)
@@ -238,12 +237,12 @@ class _Back:
         return grad_before, (grad * after.detach()).sum(dim=-1)
 
     def _last_input(self) -> tuple[Tensor, Tensor | None]:
-        """What the last product saw, and the factor of its bias unless that is 1."""
+        """Return the input of the last product, and the factor of its bias unless that is 1."""
         gated = self._gated.detach()
         return (gated, None) if one_expert.has_norm(self._experts) else (self._scale * gated, self._scale)
 
     def row_gradients(self, token: Tensor, hidden_TD: Tensor, grad_inner: Tensor) -> RowGradients:
-        """What a gradient watch is given; after :meth:`leave`."""
+        """Return the arguments for a gradient watch; call after :meth:`leave`."""
         gated, scale = self._last_input()
         factor = torch.ones_like(self._scale) if scale is None else scale.detach()
         return RowGradients(
@@ -251,7 +250,7 @@ class _Back:
         )
 
     def weight_gradients(self, rows: Tensor, grad_inner: Tensor) -> dict[str, Tensor]:
-        """By parameter name; after :meth:`leave`."""
+        """Return weight gradients by parameter name; call after :meth:`leave`."""
         gated, bias_scale = self._last_input()
         return one_expert.entry_gradients(self._experts, rows, grad_inner) | one_expert.exit_gradients(
             self._experts, gated, self._grad_last, bias_scale

@@ -1,11 +1,10 @@
-"""Slots: a layer's experts as ``[tuned | kept | merged]``, with a look-up from expert to slot (Flux, B.2
-and B.6).
+"""Put a layer's experts into slots ``[tuned | kept | merged]``, with a look-up from expert to slot (Flux).
 
-The router is untouched and goes on choosing among all experts; the look-up says which slot runs instead.
-Tuned experts lie in tensors of their own, float32 whatever the model's dtype, so that small steps count;
-kept and merged ones stay in the layer's fused parameters, shortened, without gradient, Adam state or
-weight-gradient work. Two of a token's choices that meet in one merged expert are computed once with the
-summed weight (reading B.12).
+The router is unchanged and still chooses among all experts; the look-up says which slot runs instead. Tuned
+experts are tensors of their own, float32 whatever the model's dtype, so that small steps count. Kept and
+merged experts stay in the layer's fused parameters, shortened, without gradient, Adam state or
+weight-gradient work. If two of a token's choices meet in one merged expert, it runs once with the summed
+weight.
 
 Shape suffixes: ``T`` tokens, ``D`` hidden, ``E`` experts, ``K`` top-k.
 """
@@ -24,13 +23,14 @@ from fedexperts.moe.surgery.rows import Rows, group_rows, run_rows
 from fedexperts.moe.surgery.seam import MoeLayer
 
 Order = Literal["rows", "stock"]
-"""``rows`` runs each slot's rows once (see rows.py); ``stock`` runs transformers' own function on the slots
-put together, with all its costs: sums in its order, so that a plan that merges nothing changes no bit."""
+"""Order of computation. ``rows`` runs each slot's rows once (see rows.py). ``stock`` runs transformers' own
+function on the concatenated slots, at its full cost; it sums in the same order, so a plan that merges nothing
+changes no bit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlotPlan:
-    """What becomes of each expert of one layer; every expert is named in exactly one place."""
+    """Role of each expert of one layer; every expert is named exactly once."""
 
     num_experts: int
     tuned: tuple[int, ...] = ()
@@ -38,9 +38,9 @@ class SlotPlan:
     kept: tuple[int, ...] = ()
     """Frozen as they are, each in its own slot."""
     merged: tuple[tuple[int, ...], ...] = ()
-    """Groups; each becomes one frozen expert."""
+    """Groups of experts; each group becomes one frozen expert."""
     dropped: tuple[int, ...] = ()
-    """Without a slot on purpose: what the router gives them is lost."""
+    """Experts without a slot; their share of the routed output is lost."""
 
     def __post_init__(self) -> None:
         """Refuse an expert that is out of range, named twice, or not named."""
@@ -71,7 +71,7 @@ class SlotPlan:
         return len(self.tuned) + self.num_frozen
 
     def lookup(self) -> Tensor:
-        """Slot of each expert, int64 (E,): tuned first, then kept, then merged; -1 for a dropped one."""
+        """Return the slot of each expert, int64 (E,): tuned, then kept, then merged; -1 for a dropped one."""
         lookup_E = torch.full((self.num_experts,), -1, dtype=torch.int64)
         singles = [(expert,) for expert in (*self.tuned, *self.kept)]
         for slot, group in enumerate([*singles, *self.merged]):
@@ -80,8 +80,7 @@ class SlotPlan:
 
 
 class TunedExperts(nn.Module):
-    """Experts that train in full, stacked by parameter name in float32: a
-    :class:`fedexperts.moe.surgery.rows.Bank`."""
+    """Experts that train in full, stacked in float32 by parameter name; a bank (see rows.py)."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         """Copy ``weights``, each (number of tuned experts, ...)."""
@@ -90,15 +89,12 @@ class TunedExperts(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """How many there are."""
         return len(next(iter(self.weights.values())))
 
     def expert(self, index: int) -> dict[str, Tensor]:
-        """Weights of one."""
         return {name: weight[index] for name, weight in self.weights.items()}
 
     def trained(self) -> dict[str, Tensor]:
-        """All of them."""
         return dict(self.weights.items())
 
 
@@ -110,26 +106,25 @@ class FusedExperts:
     """The experts in a layer's fused parameters, as a :class:`fedexperts.moe.surgery.rows.Bank`."""
 
     def __init__(self, experts: nn.Module) -> None:
-        """Look at ``experts``; nothing is copied."""
+        """Read ``experts`` in place; nothing is copied."""
         self._weights = {name: getattr(experts, name) for name in seam.fused_parameter_names(experts)}
 
     @property
     def num_experts(self) -> int:
-        """How many there are."""
         return len(next(iter(self._weights.values())))
 
     def expert(self, index: int) -> dict[str, Tensor]:
-        """Views of one's weights."""
+        """Return views of one expert's weights."""
         return {name: weight[index] for name, weight in self._weights.items()}
 
     def trained(self) -> dict[str, Tensor]:
-        """The fused parameters where they train, else nothing."""
+        """Return the fused parameters if they are trained, else nothing."""
         is_trained = any(weight.requires_grad for weight in self._weights.values())
         return dict(self._weights) if is_trained else {}
 
 
 class Slots(nn.Module):
-    """State of one layer's slots, a submodule of its experts module; the seam calls it instead of them."""
+    """One layer's slots: a submodule of its experts module, called in their place."""
 
     lookup_E: Tensor
 
@@ -144,12 +139,12 @@ class Slots(nn.Module):
         self.register_buffer("lookup_E", plan.lookup(), persistent=False)
 
     def banks(self, experts: nn.Module) -> list[Any]:
-        """Tuned slots first, then the frozen ones."""
+        """Return tuned slots first, then the frozen ones."""
         frozen = FusedExperts(experts) if self.frozen is None else self.frozen
         return [bank for bank in (self.tuned, frozen) if bank is not None and bank.num_experts]
 
     def forward(self, experts: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """The layer's routed output, shape (T, D)."""
+        """Return the layer's routed output, shape (T, D)."""
         slot_TK = self.lookup_E[index_TK]
         if self.order == "stock":
             return self._stock(experts, hidden_TD, slot_TK, weight_TK)
@@ -166,7 +161,7 @@ class Slots(nn.Module):
             self._num_rows[slot] += (slot_TK == slot).sum()
 
     def idle(self) -> tuple[int, ...]:
-        """Tuned experts that no token has reached in any pass with gradients: they have not been trained."""
+        """Return tuned experts that no token has reached in any pass with gradients: they are untrained."""
         return tuple(e for e, rows in zip(self.plan.tuned, self._num_rows, strict=True) if int(rows) == 0)
 
     def tokens_of_tuned(self) -> tuple[int, ...]:
@@ -193,7 +188,8 @@ class Slots(nn.Module):
         return seam.run_stock(experts, weights, hidden_TD, slot_TK.clamp(min=0), weight_TK)
 
     def expert(self, experts: nn.Module, expert: int) -> dict[str, Tensor]:
-        """Weights that run for ``expert``: views, for tuned and stored ones; refused for a dropped one."""
+        """Return the weights that run for ``expert``, as views if they are stored; refuse a dropped
+        expert."""
         slot = int(self.lookup_E[expert])
         if slot < 0:
             raise UserError(f"expert {expert} has been dropped: it has no weights")
@@ -213,7 +209,7 @@ def install_slots(
     *,
     order: Order = "rows",
 ) -> None:
-    """Give ``layer`` slots with these weights; what its fused parameters held is let go.
+    """Install slots with these weights in ``layer``; the previous content of its fused parameters is freed.
 
     Args:
         layer: without slots.
@@ -253,12 +249,12 @@ def split_layer(
 ) -> dict[str, Tensor]:
     """Put ``layer``'s own weights into slots; ``merged[i]`` are the weights of ``plan.merged[i]``.
 
-    Returns the fused weights (E, ...) that the layer had: keep them to undo this by :func:`restore_layer`,
-    or let them go to save their memory.
+    Returns the fused weights (E, ...) that the layer had: keep them for :func:`restore_layer`, or drop them
+    to save memory.
 
     Raises:
-        UserError: the layer has slots or is not in the seat; the plan is for another number of experts, or
-            has no weights for a group.
+        UserError: the layer has slots or does not use our experts implementation; the plan is for another
+            number of experts, or has no weights for a group.
     """
     if seam.slots_of(layer) is not None:
         raise UserError(f"layer {layer.name} has slots already: restore it before it is split")
@@ -278,8 +274,8 @@ def split_layer(
 
 
 def restore_layer(layer: MoeLayer, fused: Mapping[str, Tensor]) -> None:
-    """Take the slots away and put ``fused`` weights (E, ...) in; with what :func:`split_layer` returned the
-    layer is again what it was, bit for bit."""
+    """Remove the slots and install ``fused`` weights (E, ...); those that :func:`split_layer` returned
+    restore the layer bit for bit."""
     assert seam.slots_of(layer) is not None, f"layer {layer.name} has no slots"
     for name, weight in fused.items():
         assert len(weight) == layer.num_experts, (
@@ -290,9 +286,9 @@ def restore_layer(layer: MoeLayer, fused: Mapping[str, Tensor]) -> None:
 
 
 def idle_experts(layers: Iterable[MoeLayer]) -> dict[int, tuple[int, ...]]:
-    """By index of those layers that have any: tuned experts that no token has reached in training so far.
+    """Return tuned experts that no token has reached in training so far, by index of their layers.
 
-    They get no gradient, and nothing else says so. Passes in the order ``stock`` are not counted.
+    Such experts get no gradient, and nothing else reports it. Passes in the order ``stock`` are not counted.
     """
     found = {layer.index: seam.slots_of(layer) for layer in layers if seam.slots_of(layer) is not None}
     return {index: slots.idle() for index, slots in found.items() if slots.idle()}
@@ -300,10 +296,10 @@ def idle_experts(layers: Iterable[MoeLayer]) -> dict[int, tuple[int, ...]]:
 
 @torch.no_grad()
 def full_weights(layer: MoeLayer) -> dict[str, Tensor]:
-    """Fused weights (E, ...) in which every expert has what runs for it now, in the model's dtype.
+    """Return fused weights (E, ...) with the weights that run for each expert now, in the model's dtype.
 
-    Members of a merged group are equal copies, and dropped experts zeros, which give nothing: a stock model
-    with these weights gives the same output.
+    Members of a merged group are equal copies, and dropped experts are zeros: a stock model with these
+    weights gives the same output.
     """
     slots = seam.slots_of(layer)
     dropped = () if slots is None else slots.plan.dropped
@@ -319,5 +315,5 @@ def full_weights(layer: MoeLayer) -> dict[str, Tensor]:
 
 
 def has_slots(layers: Iterable[MoeLayer]) -> bool:
-    """Whether any of the layers has slots."""
+    """Return whether any of the layers has slots."""
     return any(seam.slots_of(layer) is not None for layer in layers)

@@ -27,15 +27,15 @@ class Layer(Protocol):
     """The part of :class:`fedexperts.moe.surgery.seam.MoeLayer` that is needed here."""
 
     @property
-    def index(self) -> int: ...  # noqa: D102
+    def index(self) -> int: ...
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str: ...
 
     @property
-    def experts(self) -> nn.Module: ...  # noqa: D102
+    def experts(self) -> nn.Module: ...
 
-    def parameter_names(self) -> tuple[str, ...]: ...  # noqa: D102
+    def parameter_names(self) -> tuple[str, ...]: ...
 
 
 class UndoStack:
