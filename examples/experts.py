@@ -25,17 +25,13 @@ from fedexperts.moe.observing.profile import LayerProfile, Profiler, count_token
 from fedexperts.moe.observing.utility import gradient_utility
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.low_bit import LowBitForm
-from fedexperts.report.heatmaps import HeatMap, heat_map
-from fedexperts.report.markup import Markup, element
+from fedexperts.report.drawing import heat_map
+from fedexperts.report.figures import cells
+from fedexperts.report.tables import number_table
 from fedexperts.running.workbench import Workbench, open_workbench
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_TUNED, NUM_MERGED, NUM_EXAMPLES, SHOWN_LAYER = 4, 16, 48, 1
-STYLE = """
-text { font: 12px system-ui, sans-serif; fill: #24292f } .axis { font-weight: 600 }
-.cell { fill: #1f6fb2 } .cell.none { fill: none; stroke: #d0d7de }
-.outline { fill: none; stroke: #bc4c00; stroke-width: 2 }
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,26 +153,14 @@ def _picture(
     tuned: Sequence[Sequence[int]],
     *,
     column: str = "expert",
-) -> Markup:
-    values = tuple(tuple(shares_E.tolist()) for shares_E in shares.values())
-    outlined = frozenset(
-        (row, expert) for row in range(1) for expert in (tuned[SHOWN_LAYER] if tuned else ())
-    )
-    drawn = HeatMap(
-        title=title,
-        row_title="category",
-        column_title=f"{column} of layer {SHOWN_LAYER}",
-        row_names=tuple(shares),
-        column_names=tuple(str(name) for name in columns),
-        values=values,
-        text=lambda value: f"{value:.0%}",
-        outlined=outlined,
-    )
-    inner = heat_map(drawn, low=0.0, high=max(max(row) for row in values), show_text=False)
-    ground = element("rect", width="100%", height="100%", fill="#ffffff")
-    opened, rest = inner.split(">", 1)
-    opened = opened.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"')
-    return Markup(f"{opened}><style>{STYLE}</style>{ground}{rest}")
+) -> str:
+    rows = {category: cells(shares_E.tolist()) for category, shares_E in shares.items()}
+    titles = [f"category / {column} of layer {SHOWN_LAYER}", *map(str, columns)]
+    high = max(float(shares_E.max()) for shares_E in shares.values())
+    outlined = frozenset((0, expert) for expert in (tuned[SHOWN_LAYER] if tuned else ()))
+    table = number_table(title, titles, "routing.share", rows)
+    drawn = heat_map(table, title, limits=(0.0, high), outlined=outlined)
+    return drawn[drawn.index("<svg") :].replace("<svg", '<svg style="background: #ffffff"', 1).rstrip()
 
 
 def _profile_table(profiles: Sequence[LayerProfile], utility_LE: Sequence[Tensor]) -> Table:
