@@ -63,6 +63,35 @@ def test_a_line_of_one_point_is_a_mark_with_its_value():
     assert "87.1" in texts(drawing.line_chart(table_of(rows, titles=["round", "a", "b"]), [0, 1], ""))
 
 
+def paths(svg, style):
+    """The corners of each path drawn in a style."""
+    found = re.findall(rf'<path d="([^"]+)"[^>]*style="[^"]*{style}', svg)
+    return [
+        [tuple(map(float, pair.split())) for pair in re.split("[MLz]", one) if pair.strip()] for one in found
+    ]
+
+
+def test_a_line_goes_through_its_means():
+    rows = {"1": cells([0.2]), "2": cells([0.3]), "4": cells([0.7])}
+    ((a, b, c),) = paths(drawing.line_chart(table_of(rows), [0], ""), "stroke: #0072b2; stroke-width: 1.5")
+    assert (c[0] - b[0]) / (b[0] - a[0]) == pytest.approx(2, rel=1e-4), "six digits in the file"
+    assert (c[1] - b[1]) / (b[1] - a[1]) == pytest.approx(4, rel=1e-4)
+
+
+def test_bars_are_as_long_as_their_means_side_by_side_or_stacked():
+    table = table_of({"x": cells([0.25, 0.5]), "y": cells([1.0, None])})
+    looks = [("#0072b2", 1.0), ("#d55e00", 1.0)]
+    for ends in ((), ("x", "y")):
+        svg = drawing.bar_chart(table, looks, "", ends=ends)
+        bars = [paths(svg, f"fill: {colour}") for colour, _ in looks]
+        (x, y), (other, none) = [[(bar[0][0], bar[1][0]) for bar in own] for own in bars]
+        unit = y[1] - y[0]
+        assert (x[1] - x[0]) / unit == pytest.approx(0.25, rel=1e-4)
+        assert (other[1] - other[0]) / unit == pytest.approx(0.5, rel=1e-4)
+        assert none[1] == none[0]
+        assert other[0] == (x[1] if ends else x[0])
+
+
 def test_a_band_goes_with_the_spread():
     value = Spread(mean=1.0, std=0.1, num_values=3)
     rows = {"1": [value, spread([1.0])], "2": [value, spread([2.0])]}

@@ -309,3 +309,17 @@ def test_a_client_without_a_score_is_a_dash_and_counted(tmp_path):
     text = text_of(write_run(tmp_path / "run", result))
     assert "1 of 8 clients without ROUGE-L after: means are over the others." in text
     assert re.search(r"\| client-002 \| – \| – \|", text)
+
+
+def test_layers_may_differ_in_experts_and_lists_in_depth(tmp_path):
+    result = make_result("fedavg", 0, num_clients=2, rounds=1)
+    for tokens in result["routing"]["tokens_per_expert"].values():
+        tokens[3] = tokens[3][:5]
+    first, second = result["clients"].values()
+    first["algorithm"] = {"mixed": [[1.0, 2.0], 3.0], "empty": [], "word": "text"}
+    second["algorithm"] = {"mixed": [4.0], "late": [1.0, 2.0, 3.0]}
+    result["matrix"]["rougeL"] = result["matrix"]["rougeL"][:1]
+    page, text = read_report(write_run(tmp_path / "run", result))
+    outline_of(page)
+    assert "layer 3" in page
+    assert "A client's model on its own test examples" in text

@@ -43,12 +43,16 @@ def main_metric(methods: Sequence[Method]) -> str:
 def matrix_of(method: Method, metric: str) -> tuple[tuple[str, ...], Grid] | None:
     """Clients, and the score of the row's model on the column's test examples, mean over the runs.
 
-    Runs whose matrix is absent or has other clients than the first's are left out of the mean.
+    Runs whose matrix is absent, not square, or has other clients than the first's are left out of the mean.
     """
     matrices = [run.result.get("matrix") or {} for run in method.runs]
-    found = [matrix for matrix in matrices if matrix.get("clients") and matrix.get(metric)]
+    found = [own for own in matrices if own.get(metric) and _is_square(own[metric], len(own["clients"]))]
     same = [matrix[metric] for matrix in found if matrix["clients"] == found[0]["clients"]]
     return (tuple(found[0]["clients"]), mean_of(same)) if found else None
+
+
+def _is_square(grid: Grid, size: int) -> bool:
+    return len(grid) == size and all(len(row) == size for row in grid)
 
 
 def own_and_others(matrix: Grid) -> tuple[Spread | None, Spread | None]:

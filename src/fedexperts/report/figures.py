@@ -65,8 +65,9 @@ class Figure:
     @property
     def tables(self) -> list[Table]:
         """The numbers that are drawn, without those of heat maps too large to be read."""
-        every = [self.joint] if self.joint else [panel.table for panel in self.panels]
-        return [one for one in every if len(one.rows) * len(one.titles) <= _MAX_CELLS]
+        every = [panel.table for panel in self.panels]
+        readable = [one for one in every if len(one.rows) * len(one.titles) <= _MAX_CELLS]
+        return [self.joint] if self.joint else readable
 
 
 def styles_of(methods: Sequence[Method]) -> dict[str, int]:
@@ -225,19 +226,14 @@ def routing(methods: Sequence[Method]) -> list[Figure]:
 
 def _routing(method: Method, shares: Mapping[str, list[list[float]]], *, is_folded: bool) -> Figure:
     run, num_layers = method.runs[0], min(len(layers) for layers in shares.values())
-    num_experts = len(next(iter(shares.values()))[0])
     shown = sorted({round(i * (num_layers - 1) / (_MAX_LAYERS - 1)) for i in range(_MAX_LAYERS)})
     clients = short_client_names([name for name in shares if name not in {"global", "base"}])
-    titles = ["model / expert", *map(str, range(num_experts))]
-    tables = {
-        layer: number_table(
-            f"layer {layer}",
-            titles,
-            "routing.share",
-            {clients.get(name, name): cells(layers[layer]) for name, layers in shares.items()},
-        )
-        for layer in shown
-    }
+    tables = {}
+    for layer in shown:
+        rows = {clients.get(name, name): cells(layers[layer]) for name, layers in shares.items()}
+        titles = ["model / expert", *map(str, range(max(map(len, rows.values()))))]
+        tables[layer] = number_table(f"layer {layer}", titles, "routing.share", rows)
+    num_experts = len(tables[shown[0]].titles) - 1
     chosen, name = _chosen(run, list(shares))
     limits, title = (0.0, range_of(list(tables.values()))[1]), f"Experts by client: {method.label}"
     panels = [

@@ -116,13 +116,13 @@ def _layer_table(
     method: Method, name: str, column: str, entries: Mapping[Any, Any], join: Callable[..., Any]
 ) -> Table | None:
     """Layers by the keys of ``entries``; of lists of lists by the places in what ``join`` makes of them."""
-    lists = {str(key): value for key, value in entries.items() if isinstance(value, list)}
+    lists = {str(key): value for key, value in entries.items() if isinstance(value, list) and value}
+    layers: Sequence[Sequence[Any]] = [*zip_longest(*lists.values())]
+    if any(isinstance(one, list) for layer in layers for one in layer):
+        layers = [own if isinstance(own, list) else [own] for own in join([*lists.values()])]
+        column, lists = "place", {str(place): [] for place in range(max(map(len, layers)))}
     if not lists:
         return None
-    layers: Sequence[Sequence[Any]] = [*zip_longest(*lists.values())]
-    if any(isinstance(one, list) for one in layers[0]):
-        layers = [own or [] for own in join([*lists.values()])]
-        column, lists = "place", {str(place): [] for place in range(max(map(len, layers)))}
     rows = {str(layer): cells([*own, *[None] * (len(lists) - len(own))]) for layer, own in enumerate(layers)}
     caption, path = f"{method.label}: {title_of(f'algorithm.{name}')}", f"algorithm.{name}"
     return number_table(caption, [f"MoE layer / {column}", *lists], path, rows)
