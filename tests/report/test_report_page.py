@@ -118,6 +118,32 @@ def test_the_numbers_behind_the_clients_are_the_results(suite_directory, report)
     assert re.search(rf"\| client-003 \| [^|]+ \| {cell} \|", report[1])
 
 
+def figures_of(directory, section):
+    (found,) = (one for one in content_of(read_suite(directory)).sections if one.title == section)
+    return found.figures
+
+
+def test_the_exam_s_curve_goes_from_the_untouched_model_to_the_result(run_directory):
+    result = json.loads((run_directory / "result.json").read_text())
+    (figure,) = figures_of(run_directory, "Rounds")
+    exam = figure.tables[-1]
+    assert exam.rows[0] == ("0", f"{100 * result['exam']['base']:.1f}")
+    assert exam.rows[-1] == ("4", f"{100 * result['exam']['global']:.1f}")
+
+
+def test_routing_is_the_share_of_a_model_s_tokens_and_the_choice_is_outlined(run_directory):
+    result = json.loads((run_directory / "result.json").read_text())
+    (figure,) = figures_of(run_directory, "Experts")
+    tokens = result["routing"]["tokens_per_expert"]["client-002"][1]
+    names = [row[0] for row in figure.panels[1].table.rows]
+    assert names[:3] == ["base", "global", "000"]
+    row = figure.panels[1].table.rows[names.index("002")]
+    assert row[1:] == tuple(f"{100 * count / sum(tokens):.1f}" for count in tokens)
+    expert = result["clients"]["client-002"]["algorithm"]["chosen_experts"][1]
+    outlined = figure.panels[1].draw.keywords["outlined"]
+    assert [place for place in outlined if place[0] == names.index("002")] == [(names.index("002"), expert)]
+
+
 def test_colours_are_the_style_sheet_s_so_that_dark_ground_can_change_them(report):
     assert "var(--c0)" in report[0]
     drawings = "".join(re.findall(r"<svg.*?</svg>", report[0], flags=re.DOTALL))
