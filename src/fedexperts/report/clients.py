@@ -94,7 +94,7 @@ def _shares(counts: Sequence[Any]) -> list[float]:
 
 
 def names_experts(name: str) -> bool:
-    """Whether an algorithm's entry holds indices of experts by layer: its name ends in ``_experts``."""
+    """Return whether an entry holds indices of experts by layer: its name ends in ``_experts``."""
     return name.endswith("_experts")
 
 

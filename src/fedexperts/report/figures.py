@@ -200,7 +200,7 @@ def _diagonal(table: Table) -> Cells:
 
 
 def partitions(methods: Sequence[Method]) -> list[Figure]:
-    """How many examples of each label each client holds, for each different partition."""
+    """Draw the number of examples by label and client, for each different partition."""
     found, panels = label_tables(methods), []
     for where, counts in found[:_MAX_PARTITIONS]:
         labels = sorted({label for own in counts.values() for label in own})

@@ -129,7 +129,7 @@ def _layer_table(
 
 
 def _choices(method: Method, name: str) -> list[Panel]:
-    """How many clients of how many runs named each expert; the table says which client named which."""
+    """Count the clients of all runs that name each expert; the table says who names which."""
     found = [(id, run.seed, by_layer(own.get(name))) for run in method.runs for id, own in _ends(run).items()]
     counts = Counter((layer, expert) for *_, own in found for layer, every in own.items() for expert in every)
     if not counts:

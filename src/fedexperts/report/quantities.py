@@ -107,7 +107,7 @@ def factor_of(path: str) -> float:
 
 
 def is_points(path: str) -> bool:
-    """Whether the number at ``path`` is a share of 1 that is written as points of 100."""
+    """Return whether the number at ``path`` is a share of 1, written as points of 100."""
     return any(part in path for part in _POINTS)
 
 
@@ -130,7 +130,7 @@ def text(path: str, value: Spread | float | None, *, has_std: bool = True) -> st
 
 
 def _scale(path: str, mean: float) -> tuple[float, int, str]:
-    """What the number at ``path`` is divided by, its decimals, and its unit."""
+    """Return the divisor of a number at ``path``, its decimals, and its unit."""
     if is_points(path):
         return 0.01, 1, ""
     if path.startswith("seconds"):

@@ -162,7 +162,7 @@ def _read_ledger(path: Path) -> Ledger | None:
 
 
 def progress_of(directory: Path) -> str:
-    """How far a run without result has come, in words; a line half written is not counted."""
+    """Say how far a run without result has come; a line half written is not counted."""
     path = directory / "rounds.jsonl"
     written = path.read_bytes() if path.is_file() else b""
     done = written.count(b"\n")

@@ -1,4 +1,4 @@
-"""What a report says in sentences: what ran, what is simulated, what came out, what went wrong."""
+"""Write a report's sentences: what ran, what is simulated, what came out, what went wrong."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
@@ -91,7 +91,7 @@ def what_is_simulated(methods: Sequence[Method]) -> list[str]:
 
 
 def on_results(methods: Sequence[Method]) -> list[str]:
-    """How to read the headline table, and how much its spread says."""
+    """Say how to read the headline table, and how far to trust its spread."""
     few = [method.label for method in methods if len(method.runs) < 3]
     if max(len(method.runs) for method in methods) == 1:
         return [_ONE_SEED, _BEFORE_AFTER]

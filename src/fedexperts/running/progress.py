@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: bars in a terminal, plain lines elsewhere, or nothing."""
+"""Show a run while it goes on: bars and rows in a terminal, plain lines elsewhere, or nothing."""
 
 import logging
 from collections.abc import Mapping, Sequence
