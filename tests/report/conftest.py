@@ -11,7 +11,7 @@ METHODS = ("flex", "fedavg", "local_only")
 @pytest.fixture(scope="session")
 def suite_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read only; a test that writes makes its own."""
-    results = [make_result(method, seed, rounds=4) for method in METHODS for seed in range(3)]
+    results = [make_result(method, seed, rounds=3) for method in METHODS for seed in range(3)]
     return write_suite(tmp_path_factory.mktemp("suite") / "three-methods", results)
 
 

@@ -132,7 +132,7 @@ def _client(rng: random.Random, method: str, number: int, rounds: int) -> dict[s
         "num_truncated": 0,
         "num_without_label": 0,
         "labels": {LABELS[number % len(LABELS)]: 137},
-        **({"chosen_experts": [rng.randrange(16) for _ in range(4)]} if method == "flex" else {}),
+        "algorithm": {"chosen_experts": [rng.randrange(16) for _ in range(4)]} if method == "flex" else {},
     }
 
 
@@ -214,11 +214,9 @@ def make_client_lines(result: dict[str, Any]) -> list[dict[str, Any]]:
             "client": client,
             "train_loss": 1.0,
             **counts,
-            **(
-                {f"gate_mean.{layer}": 0.5 + 0.02 * number for layer in range(4)}
-                if result["method"] == "flex"
-                else {}
-            ),
+            "algorithm": {"gate_mean": [0.5 + 0.02 * number + 0.1 * layer for layer in range(4)]}
+            if result["method"] == "flex"
+            else {},
         }
         for number in range(1, result["rounds"] + 1)
         for client in result["clients"]

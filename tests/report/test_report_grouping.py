@@ -7,9 +7,7 @@ from fedexperts.report.reading import Run
 
 
 def runs_of(*results):
-    return [
-        Run(name=result["name"], result=result, rounds=(), environment={}, ledger=None) for result in results
-    ]
+    return [Run(name=result["name"], result=result) for result in results]
 
 
 def with_settings(result, section, **values):

@@ -21,12 +21,12 @@ def test_one_value_has_no_spread():
 def test_missing_values_are_counted_and_shown():
     value = spread([0.5, None, math.nan])
     assert value == Spread(mean=0.5, std=None, num_values=1, num_missing=2)
-    assert quantities.points_spread(value) == "50.0 (n = 1)"
+    assert quantities.text("rougeL", value) == "50.0 (n = 1)"
 
 
 def test_no_value_at_all_is_a_dash():
     assert spread([None, math.inf]) is None
-    assert quantities.points_spread(None) == quantities.bytes_spread(None) == "–"
+    assert quantities.text("rougeL", None) == quantities.text("bytes", None) == "–"
 
 
 @pytest.mark.parametrize(
@@ -41,28 +41,42 @@ def test_no_value_at_all_is_a_dash():
     ],
 )
 def test_bytes_have_three_digits_and_a_decimal_unit(number, text):
-    assert quantities.bytes_text(number) == text
+    assert quantities.text("bytes", number) == text
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(0.25, "0.25 s"), (42.04, "42 s"), (600, "10 min"), (7200, "2 h")]
+    ("number", "text"), [(0.25, "0.250 s"), (42.04, "42.0 s"), (600, "10.0 min"), (7200, "2.00 h")]
 )
 def test_seconds_grow_into_minutes_and_hours(number, text):
-    value, unit = text.split()
-    written, written_unit = quantities.seconds_text(number).split()
-    assert (float(written), written_unit) == (float(value), unit)
+    assert quantities.text("seconds.total", number) == text
 
 
-def test_shares_are_points_of_100_and_losses_are_not():
-    value = Spread(mean=0.6123, std=0.0149, num_values=3)
-    assert quantities.metric_spread("rougeL_after", value) == "61.2 ± 1.5"
-    assert quantities.metric_spread("loss_after", value) == "0.612 ± 0.015"
+@pytest.mark.parametrize(
+    ("path", "mean", "std", "text"),
+    [
+        ("mean.rougeL_after", 0.6123, 0.0149, "61.2 ± 1.5"),
+        ("exam.global", 0.5, 0.0, "50.0 ± 0.0"),
+        ("mean.loss_after", 0.6123, 0.0149, "0.612 ± 0.015"),
+        ("num_train", 1234.0, None, "1,234"),
+        ("bytes.upload_per_client_round", 2e6, 1e5, "2.00 ± 0.10 MB"),
+        ("bytes.upload_per_client_round", 2e6, 0.0, "2.00 MB"),
+        ("bytes.upload_counted", 1234567.0, 0.0, "1,234,567 B"),
+        ("seconds.total", 600.0, 60.0, "10.0 ± 1.0 min"),
+    ],
+)
+def test_the_path_says_how_a_number_is_written(path, mean, std, text):
+    assert quantities.text(path, Spread(mean=mean, std=std, num_values=2)) == text
 
 
-def test_spread_of_bytes_is_in_the_unit_of_the_mean():
-    assert quantities.bytes_spread(Spread(mean=2e6, std=1e5, num_values=2)) == "2.00 MB ± 0.100"
-    assert quantities.bytes_spread(Spread(mean=2e6, std=0.0, num_values=2)) == "2.00 MB"
-
-
-def test_spread_of_seconds_is_in_the_unit_of_the_mean():
-    assert quantities.seconds_spread(Spread(mean=600.0, std=60.0, num_values=2)) == "10.0 ± 1.0 min"
+@pytest.mark.parametrize(
+    ("path", "title"),
+    [
+        ("mean.rougeL_after", "ROUGE-L after"),
+        ("exam.base", "exam base"),
+        ("seconds.train", "train"),
+        ("algorithm.gate_mean", "opening of the graft gates (0 shut, 1 open)"),
+        ("algorithm.drift_norm", "drift norm"),
+    ],
+)
+def test_a_path_is_a_title_in_words(path, title):
+    assert quantities.title_of(path) == title

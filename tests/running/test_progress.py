@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 
 import pytest
 from rich.console import Console
@@ -29,14 +30,14 @@ def play(progress):
     with progress:
         progress.phase("loading")
         progress.start(3, first_round=2)
-        for round in (2, 3):
-            progress.round_started(round, 2)
+        for number in (2, 3):
+            progress.round_started(number, 2)
             for client_id in ("client-000", "client-001"):
                 progress.client_started(client_id, 2)
                 progress.step_done(2.0)
                 progress.step_done(1.0)
                 progress.client_done(client_id)
-            progress.round_finished(round, SUMMARY)
+            progress.round_finished(number, SUMMARY)
         progress.phase("evaluating 2 clients")
         progress.advance_phase(1, 2)
         progress.message("[done]")
@@ -94,8 +95,50 @@ def test_a_message_stays_above_the_bars_as_it_is():
     assert "[done]" in console.file.getvalue()
 
 
-def terminal():
-    return Console(file=io.StringIO(), force_terminal=True, width=160, color_system=None)
+@pytest.mark.parametrize(
+    ("width", "head"),
+    [
+        (60, "round    loss  ROUGE-L  test loss    exam  failed      time"),
+        (100, "round    loss  ROUGE-L  test loss    exam  failed      time        up"),
+    ],
+)
+def test_finished_rounds_stay_on_the_screen_as_a_table(width, head):
+    console = terminal(width)
+    progress = RichProgress(console, "2/6 flex")
+    with progress:
+        progress.start(30)
+        progress.round_finished(1, SUMMARY | {"evaluation": {}, "num_failed": 0})
+        progress.round_finished(12, SUMMARY)
+    lines = [line.rstrip() for line in on_screen(console)]
+    start = lines.index(head)
+    rows = [
+        "    1   1.235                                         4.2 s   40.0 kB",
+        "   12   1.235    0.500              99.5%       1     4.2 s   40.0 kB",
+    ]
+    assert lines[start - 1] == "2/6 flex"
+    assert lines[start + 1 : start + 3] == [row[: len(head)].rstrip() for row in rows]
+    assert not [line for line in lines[start:] if "━" in line], "the bars are gone"
+    assert max(map(len, lines)) <= width
+
+
+def terminal(width=160):
+    return Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+
+
+def on_screen(console):
+    """The lines that a terminal shows in the end: a line that is erased, or moved up to, is written anew."""
+    lines, row = [""], 0
+    for part in re.split(r"(\x1b\[[\d;?]*[A-Za-z]|\r|\n)", console.file.getvalue()):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif part.endswith("A") and part.startswith("\x1b"):
+            row -= int(part[2:-1] or 1)
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif not part.startswith(("\x1b", "\r")):
+            lines[row] += part
+    return lines
 
 
 def screen(progress):
@@ -106,7 +149,7 @@ def screen(progress):
 
 
 def test_a_round_is_described_by_what_its_line_has():
-    assert describe_round(SUMMARY) == "loss 1.235  ROUGE-L 0.500  exam 99.5%  up 40.0 kB  1 failed  4.2 s"
+    assert describe_round(SUMMARY) == "loss 1.235  ROUGE-L 0.500  exam 99.5%  1 failed  4.2 s  up 40.0 kB"
     assert describe_round({"train_loss": None, "upload_bytes": 0}) == "up 0 bytes"
 
 

@@ -1,4 +1,4 @@
-"""Reports made from run directories alone; nothing here imports torch or a plotting library."""
+"""Make reports from run directories alone; torch is not imported, and matplotlib only to draw."""
 
 from fedexperts.report.tables import ResultRow, headline_table, result_table
 from fedexperts.report.terminal import terminal_table

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedexperts.report.quantities import Spread, lookup, spread
+from fedexperts.report.quantities import Spread, leaves, spread
 from fedexperts.report.reading import Run
 
 _TASK_SECTIONS = ("data", "model", "evaluation")
@@ -32,35 +32,18 @@ class Method:
         """Name and task in one."""
         return f"{self.name} · {self.task}" if self.task else self.name
 
-    @property
-    def results(self) -> tuple[dict[str, Any], ...]:
-        """The runs' results."""
-        return tuple(run.result for run in self.runs)
-
     def spread(self, path: str) -> Spread | None:
         """The spread over the runs of the number at ``path`` in their results."""
-        return spread(lookup(result, path) for result in self.results)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Flat:
-    """Nested settings as dotted keys; a list becomes a tuple, so that it can be compared."""
-    flat: Flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = tuple(value) if isinstance(value, list) else value
-    return flat
-
-
-def is_seed(key: str) -> bool:
-    """Whether ``key`` is a seed, or a name made from it, and thus no difference between methods."""
-    return key == "name" or key.rpartition(".")[2] == "seed"
+        return spread(run.numbers.get(path) for run in self.runs)
 
 
 def settings_of(run: Run) -> Flat:
-    """The run's settings without seeds; the algorithm's name is there even where the file left it out."""
-    flat = {key: value for key, value in flatten(run.result["settings"]).items() if not is_seed(key)}
+    """The run's settings by dotted key without seeds, or a name made from one; lists as tuples."""
+    flat = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in leaves(run.result["settings"])
+        if key != "name" and key.rpartition(".")[2] != "seed"
+    }
     flat.setdefault(_ALGORITHM, run.result["method"])
     return flat
 
@@ -68,11 +51,7 @@ def settings_of(run: Run) -> Flat:
 def varied_keys(all_settings: Sequence[Flat]) -> tuple[str, ...]:
     """The keys whose values are not the same everywhere (absent is a value), in order of appearance."""
     keys = dict.fromkeys(key for settings in all_settings for key in settings)
-    return tuple(key for key in keys if len({_frozen(settings, key) for settings in all_settings}) > 1)
-
-
-def _frozen(settings: Flat, key: str) -> str:
-    return repr(settings[key]) if key in settings else "absent"
+    return tuple(key for key in keys if len({repr(one.get(key, "absent")) for one in all_settings}) > 1)
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
@@ -102,7 +81,7 @@ def methods_of(runs: Sequence[Run]) -> tuple[Method, ...]:
     """The runs as methods: by task in order of appearance, within it the best mean ROUGE-L first."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(repr(sorted(settings_of(run).items(), key=lambda item: item[0])), []).append(run)
+        groups.setdefault(repr(sorted(settings_of(run).items())), []).append(run)
     grouped = [sorted(group, key=lambda run: (run.seed, run.name)) for group in groups.values()]
     methods = _label([settings_of(group[0]) for group in grouped], grouped)
     tasks = list(dict.fromkeys(method.task for method in methods))
@@ -130,6 +109,12 @@ def _label(all_settings: list[Flat], groups: list[list[Run]]) -> list[Method]:
 
 def _pairs(settings: Flat, keys: Iterable[str], names: Mapping[str, str]) -> list[str]:
     return [f"{names[key]}={value_text(settings[key])}" for key in keys if key in settings]
+
+
+def paths_in(methods: Iterable[Method], section: str) -> tuple[str, ...]:
+    """The paths of all numbers under ``section`` of the methods' results, in order of appearance."""
+    every = (path for method in methods for run in method.runs for path in run.numbers)
+    return tuple(dict.fromkeys(path for path in every if path.startswith(f"{section}.")))
 
 
 def tasks_of(methods: Sequence[Method]) -> dict[str, list[Method]]:

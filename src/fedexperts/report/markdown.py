@@ -1,8 +1,9 @@
-"""A report as Markdown: the page's sentences and tables, without its figures."""
+"""Write a report as Markdown: the page's sentences and tables, and the numbers of its figures."""
 
 import re
+from collections.abc import Sequence
 
-from fedexperts.report.content import Content, Section
+from fedexperts.report.sections import Content, Section
 from fedexperts.report.tables import Table
 
 _SPECIAL = re.compile(r"([\\`*\[\]<>|#~$]|(?<!\w)_|_(?!\w))")
@@ -13,8 +14,6 @@ def markdown(content: Content) -> str:
     blocks = [f"# {escape(content.title)}", escape(content.what_ran)]
     if content.warnings:
         blocks += ["**Read this first**", _bullets(content.warnings)]
-    if content.failures:
-        blocks += _table(content.failures)
     if content.glance:
         blocks += ["**At a glance**", _bullets(content.glance)]
     blocks += [f"> {escape(text)}" for text in content.simulated]
@@ -29,34 +28,26 @@ def escape(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
-def _bullets(sentences: tuple[str, ...]) -> str:
+def _bullets(sentences: Sequence[str]) -> str:
     return "\n".join(f"- {escape(sentence)}" for sentence in sentences)
 
 
 def _section(section: Section) -> list[str]:
-    if not (section.tables or section.sentences):
-        return []
-    blocks = [f"## {escape(section.title)}"]
-    for table in section.tables:
-        blocks += _table(table)
-    return blocks + [escape(sentence) for sentence in section.sentences]
+    behind = [table for figure in section.figures if figure.is_in_text for table in figure.tables]
+    tables = [block for table in (*section.tables, *behind) for block in _table(table)]
+    blocks = [*tables, *map(escape, section.sentences)]
+    return [f"## {escape(section.title)}", *blocks] if blocks else []
 
 
 def _table(table: Table) -> list[str]:
-    marked = [
+    rows = [
         [
             f"**{escape(cell)}**" if (row, place) in table.marked else escape(cell)
             for place, cell in enumerate(cells)
         ]
         for row, cells in enumerate(table.rows)
     ]
-    lines = [
-        _line([escape(column.title) for column in table.columns]),
-        _line(["---:" if column.is_number else "---" for column in table.columns]),
-        *(_line(cells) for cells in marked),
-    ]
-    return [f"{escape(table.caption)}:", "\n".join(lines)]
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    rules = ["---" if place < table.num_text else "---:" for place in range(len(table.titles))]
+    lines = [f"| {' | '.join(cells)} |" for cells in ([*map(escape, table.titles)], rules, *rows)]
+    caption = escape(table.caption)
+    return [f"{caption[:1].upper()}{caption[1:]}:", "\n".join(lines)]

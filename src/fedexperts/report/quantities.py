@@ -1,13 +1,36 @@
-"""A value with its spread over runs, and how values are written for a reader."""
+"""Numbers with their spread over runs, and how a reader sees them: texts, units and titles."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from statistics import fmean, stdev
 from typing import Any
 
-POINTS = frozenset({"rougeL", "exact_match", "accuracy", "exam"})
-"""Metrics that are shares of 1 in files and are written as points of 100."""
+TITLES = {
+    "train_loss": "training loss",
+    "evaluation.exam_global": "exam accuracy, server's model",
+    "evaluation.loss_after": "test loss after local steps",
+    "evaluation.loss_before": "test loss before local steps",
+    "evaluation.rougeL_after": "ROUGE-L after local steps",
+    "evaluation.rougeL_before": "ROUGE-L before local steps",
+    "evaluation.exact_match_after": "exact match after local steps",
+    "bytes.upload_per_client_round": "upload per client and round",
+    "bytes.download_per_client_round": "download per client and round",
+    "seconds.total": "time",
+    "num_test_truncated": "test, truncated",
+    "num_without_label": "without label",
+    "num_test_without_label": "test, without label",
+    "num_prompts_cut": "test prompts cut",
+    "algorithm.gate_mean": "opening of the graft gates (0 shut, 1 open)",
+    "algorithm.chosen_experts": "experts chosen to graft",
+}
+"""Titles of what does not read well as it is spelled in the files."""
+
+_SECTIONS = ("mean.", "bytes.", "seconds.", "parameters.", "algorithm.", "num_")
+_POINTS = ("rougeL", "exact_match", "accuracy", "exam", "routing.share")
+_BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+_SECONDS = ((5400.0, 3600.0, "h"), (90.0, 60.0, "min"), (0.0, 1.0, "s"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +50,19 @@ def finite(value: Any) -> float | None:
     return float(value)
 
 
-def lookup(tree: Any, path: str) -> float | None:
-    """The finite number at a dotted ``path`` of nested mappings, or None; e.g. ``mean.rougeL_after``."""
-    for name in path.split("."):
-        if not isinstance(tree, Mapping):
-            return None
-        tree = tree.get(name)
-    return finite(tree)
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested mappings with its dotted path."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def numbers_of(tree: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of nested mappings by dotted path, e.g. ``mean.rougeL_after``."""
+    found = ((path, finite(value)) for path, value in leaves(tree))
+    return {path: value for path, value in found if value is not None}
 
 
 def spread(values: Iterable[Any]) -> Spread | None:
@@ -47,93 +76,78 @@ def spread(values: Iterable[Any]) -> Spread | None:
     return Spread(mean=fmean(present), std=std, num_values=len(present), num_missing=missing)
 
 
-def three_digits(value: float) -> str:
-    """Three significant digits without an exponent: 1230, 12.3, 0.123."""
-    value = float(f"{value:.3g}")
-    if value == 0:
-        return "0"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+def mean_of(values: Iterable[Any]) -> Any:
+    """The mean of numbers, or of lists of them place by place; None where nobody has a finite number."""
+    every = list(values)
+    lists = [value for value in every if isinstance(value, list)]
+    if lists:
+        return [mean_of(place) for place in zip_longest(*lists)]
+    present = [value for value in map(finite, every) if value is not None]
+    return fmean(present) if present else None
 
 
-def count_text(value: float) -> str:
-    """A count with a thin separator of thousands: 1,234,567."""
-    return f"{value:,.0f}"
+def title_of(path: str) -> str:
+    """The words for a dotted path of ``result.json`` or of a line of the logs."""
+    if path in TITLES:
+        return TITLES[path]
+    for section in _SECTIONS:
+        path = path.removeprefix(section)
+    return path.replace("rougeL", "ROUGE-L").replace(".", " ").replace("_", " ")
 
 
-def _scale(value: float, units: tuple[tuple[float, str], ...]) -> tuple[float, str]:
-    rounded = float(f"{abs(value):.3g}")
-    for size, unit in units:
-        if rounded >= size:
-            return size, unit
-    return units[-1]
+def heading(path: str) -> str:
+    """:func:`title_of` as the beginning of a sentence."""
+    title = title_of(path)
+    return title[:1].upper() + title[1:]
 
 
-_BYTE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
-_SECOND_UNITS = ((5400.0, "h"), (90.0, "min"), (1.0, "s"))
-_SECONDS_PER = {"h": 3600.0, "min": 60.0, "s": 1.0}
+def factor_of(path: str) -> float:
+    """The number that a drawing multiplies values at ``path`` by: 100 where they are points of 100."""
+    return 100.0 if is_points(path) else 1.0
 
 
-def bytes_text(value: float) -> str:
-    """Bytes in decimal units with three significant digits: 934 B, 12.3 kB, 1.23 MB."""
-    size, unit = _scale(value, _BYTE_UNITS)
-    return f"{three_digits(value / size)} {unit}"
+def is_points(path: str) -> bool:
+    """Return whether the number at ``path`` is a share of 1, written as points of 100."""
+    return any(part in path for part in _POINTS)
 
 
-def seconds_text(value: float) -> str:
-    """Seconds, minutes from 90 s, hours from 90 min, with three significant digits."""
-    unit = _scale(value, _SECOND_UNITS)[1]
-    return f"{three_digits(value / _SECONDS_PER[unit])} {unit}"
+def text(path: str, value: Spread | float | None, *, has_std: bool = True) -> str:
+    """``value`` as the number at ``path`` is written: ``61.2 ± 1.3``, ``0.412``, ``12.3 kB``, ``10.0 min``.
 
-
-def _with_std(value: Spread, text: str, std_text: str | None) -> str:
-    if value.std is not None and std_text is not None:
-        text = f"{text} ± {std_text}"
-    return f"{text} (n = {value.num_values})" if value.num_missing else text
-
-
-def points_spread(value: Spread | None) -> str:
-    """A share of 1 as points of 100 with one decimal: ``61.2 ± 1.3``."""
+    A number of runs follows where some runs lack the value; a dash stands for a value that no run has.
+    """
     if value is None:
         return "–"
-    return _with_std(
-        value, f"{100 * value.mean:.1f}", None if value.std is None else f"{100 * value.std:.1f}"
-    )
+    if not isinstance(value, Spread):
+        value = Spread(mean=value, std=None, num_values=1)
+    size, decimals, unit = _scale(path, value.mean)
+    parts = [f"{value.mean / size:,.{decimals}f}"]
+    if has_std and value.std is not None and (value.std or unit == ""):
+        parts.append(f"± {value.std / size:,.{decimals}f}")
+    parts += [unit] if unit else []
+    parts += [f"(n = {value.num_values})"] if value.num_missing and has_std else []
+    return " ".join(parts)
 
 
-def plain_spread(value: Spread | None) -> str:
-    """A loss or the like with three decimals, three significant digits from 10 upwards."""
-    if value is None:
-        return "–"
-    decimals = 3 if abs(value.mean) < 10 else 2 if abs(value.mean) < 100 else 1
-    std = None if value.std is None else f"{value.std:.{decimals}f}"
-    return _with_std(value, f"{value.mean:,.{decimals}f}", std)
+def _scale(path: str, mean: float) -> tuple[float, int, str]:
+    """Return the divisor of a number at ``path``, its decimals, and its unit."""
+    if is_points(path):
+        return 0.01, 1, ""
+    if path.startswith("seconds"):
+        size, unit = next((size, unit) for least, size, unit in _SECONDS if mean >= least)
+        return size, _three_digits(mean / size), unit
+    if path.endswith(("_counted", "_predicted")):
+        return 1.0, 0, "B"
+    if "bytes" in path:
+        rounded = float(f"{abs(mean):.3g}")
+        size, unit = next((pair for pair in _BYTES if rounded >= pair[0]), _BYTES[-1])
+        return size, _three_digits(mean / size), unit
+    if path.startswith(("num_", "parameters")):
+        return 1.0, 0, ""
+    return 1.0, 3 if abs(mean) < 10 else 2 if abs(mean) < 100 else 1, ""
 
 
-def bytes_spread(value: Spread | None) -> str:
-    """Bytes in one unit, with the spread only where runs differ."""
-    if value is None:
-        return "–"
-    size, _ = _scale(value.mean, _BYTE_UNITS)
-    std = f"{three_digits(value.std / size)}" if value.std else None
-    return _with_std(value, bytes_text(value.mean), std)
-
-
-def seconds_spread(value: Spread | None) -> str:
-    """Seconds in one unit with the spread in the same unit."""
-    if value is None:
-        return "–"
-    unit = _scale(value.mean, _SECOND_UNITS)[1]
-    mean = three_digits(value.mean / _SECONDS_PER[unit])
-    decimals = len(mean.partition(".")[2])
-    std = None if value.std is None else f" ± {value.std / _SECONDS_PER[unit]:.{decimals}f}"
-    return _with_std(value, f"{mean}{std or ''} {unit}", None)
-
-
-def is_points(metric: str) -> bool:
-    """Whether ``metric`` (with or without ``_before`` and the like) is written as points of 100."""
-    return any(part in metric for part in POINTS)
-
-
-def metric_spread(metric: str, value: Spread | None) -> str:
-    """``value`` written as its metric is: points of 100 for shares, three decimals for losses."""
-    return points_spread(value) if is_points(metric) else plain_spread(value)
+def _three_digits(value: float) -> int:
+    """The decimals that give three significant digits: 1230, 12.3, 0.123."""
+    rounded = float(f"{value:.3g}")
+    return max(0, 2 - math.floor(math.log10(abs(rounded)))) if rounded else 0

@@ -8,11 +8,12 @@ import json
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fedexperts.errors import UserError
-from fedexperts.report.quantities import finite
+from fedexperts.report.quantities import mean_of, numbers_of
 from fedexperts.run_directory import SCHEMA_VERSION, RunDirectory, read_json
 
 _REQUIRED = {"method": str, "seed": int, "settings": dict, "clients": dict, "mean": dict}
@@ -20,13 +21,13 @@ _REQUIRED = {"method": str, "seed": int, "settings": dict, "clients": dict, "mea
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """What ``clients.jsonl`` says in sum: one line is one client's turn in one round."""
+    """The sums of ``clients.jsonl``: one line is one client's turn in one round."""
 
-    num_lines: int
-    num_unequal_uploads: int
-    num_unequal_downloads: int
-    gate_by_round: dict[int, float]
-    """Mean opening of the graft gates over layers and clients, by round; empty where nothing has gates."""
+    num_messages: int
+    num_unequal: int
+    """Messages whose bytes differ from their prediction."""
+    measured: dict[str, dict[int, Any]]
+    """By name and round the mean over clients of what the algorithm measured: a number or (nested) list."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,32 +36,30 @@ class Run:
 
     name: str
     result: dict[str, Any]
-    rounds: tuple[dict[str, Any], ...]
-    environment: dict[str, Any]
-    ledger: Ledger | None
+    rounds: dict[int, dict[str, float]] = field(default_factory=dict)
+    """The numbers of rounds.jsonl by dotted path."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    ledger: Ledger | None = None
 
     @property
     def seed(self) -> int:
         """The run's seed."""
         return int(self.result["seed"])
 
-
-@dataclass(frozen=True, kw_only=True)
-class AbsentRun:
-    """A run that is in no table, and why."""
-
-    name: str
-    reason: str
+    @cached_property
+    def numbers(self) -> dict[str, float]:
+        """Every number of the result by its dotted path."""
+        return numbers_of(self.result)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """What a report is made from: several runs, or one."""
+    """The runs that a report is made from, one or several."""
 
     title: str
-    is_single_run: bool
     runs: tuple[Run, ...]
-    absent: tuple[AbsentRun, ...] = ()
+    absent: dict[str, str] = field(default_factory=dict)
+    """Why a run is in no table, by its name."""
     search: dict[str, Any] = field(default_factory=dict)
     """``search.json``: what was tried before the runs, and what was chosen; empty without a search."""
 
@@ -69,7 +68,7 @@ def read_suite(directory: Path) -> Suite:
     """The runs under ``directory``, a run directory or a suite directory; UserError where it is neither."""
     if (directory / "result.json").is_file():
         run = read_run(directory)
-        return Suite(title=run.name, is_single_run=True, runs=(run,))
+        return Suite(title=run.name, runs=(run,))
     if (directory / "runs").is_dir():
         return _read_runs(directory)
     if (directory / "config.toml").is_file():
@@ -81,21 +80,20 @@ def read_suite(directory: Path) -> Suite:
 
 def _read_runs(directory: Path) -> Suite:
     runs: list[Run] = []
-    absent: list[AbsentRun] = []
+    absent: dict[str, str] = {}
     for folder in sorted(path for path in (directory / "runs").iterdir() if path.is_dir()):
-        if not (folder / "result.json").is_file():
-            absent.append(AbsentRun(name=folder.name, reason=progress_of(folder)))
-            continue
         try:
-            runs.append(read_run(folder))
+            if (folder / "result.json").is_file():
+                runs.append(read_run(folder))
+            else:
+                absent[folder.name] = progress_of(folder)
         except UserError as error:
-            absent.append(AbsentRun(name=folder.name, reason=f"not readable: {error}"))
+            absent[folder.name] = f"not readable: {error}"
     if not runs:
-        first = f"; the first, {absent[0].name}, is {absent[0].reason}" if absent else ""
+        first = "; the first, {}, is {}".format(*next(iter(absent.items()))) if absent else ""
         raise UserError(f"{directory} has no run with a result in runs/ ({len(absent)} without{first})")
-    title = directory.resolve().name
     search = read_json(directory / "search.json") if (directory / "search.json").is_file() else {}
-    return Suite(title=title, is_single_run=False, runs=tuple(runs), absent=tuple(absent), search=search)
+    return Suite(title=directory.resolve().name, runs=tuple(runs), absent=absent, search=search)
 
 
 def read_run(directory: Path) -> Run:
@@ -106,7 +104,7 @@ def read_run(directory: Path) -> Run:
     return Run(
         name=name if isinstance(name, str) and name else directory.resolve().name,
         result=result,
-        rounds=_read_rounds(paths.rounds),
+        rounds={line["round"]: numbers_of(line) for line in _lines(paths.rounds)},
         environment=read_json(paths.environment) if paths.environment.is_file() else {},
         ledger=_read_ledger(paths.clients),
     )
@@ -147,45 +145,24 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def _read_rounds(path: Path) -> tuple[dict[str, Any], ...]:
-    by_round = {record["round"]: record for record in _lines(path)}
-    return tuple(by_round[number] for number in sorted(by_round))
-
-
 def _read_ledger(path: Path) -> Ledger | None:
     if not path.is_file():
         return None
-    num_lines = unequal_uploads = unequal_downloads = 0
-    gates: dict[int, list[float]] = {}
-    for record in _lines(path):
-        num_lines += 1
-        unequal_uploads += _is_unequal(record, "upload")
-        unequal_downloads += _is_unequal(record, "download")
-        gate = _mean_gate(record)
-        if gate is not None:
-            gates.setdefault(record["round"], []).append(gate)
-    return Ledger(
-        num_lines=num_lines,
-        num_unequal_uploads=unequal_uploads,
-        num_unequal_downloads=unequal_downloads,
-        gate_by_round={number: sum(values) / len(values) for number, values in sorted(gates.items())},
-    )
-
-
-def _is_unequal(record: dict[str, Any], direction: str) -> bool:
-    counted, predicted = record.get(f"{direction}_bytes"), record.get(f"{direction}_predicted")
-    return counted is not None and predicted is not None and counted != predicted
-
-
-def _mean_gate(record: dict[str, Any]) -> float | None:
-    """The mean of ``gate_mean.0``, ``gate_mean.1`` and so on, one a layer."""
-    values = (finite(value) for name, value in record.items() if name.startswith("gate_mean."))
-    present = [value for value in values if value is not None]
-    return sum(present) / len(present) if present else None
+    num_messages = num_unequal = 0
+    measured: dict[str, dict[int, list[Any]]] = {}
+    for line in _lines(path):
+        for direction in ("upload", "download"):
+            counted, predicted = line.get(f"{direction}_bytes"), line.get(f"{direction}_predicted")
+            num_messages += 1
+            num_unequal += counted is not None and predicted is not None and counted != predicted
+        for name, value in (line.get("algorithm") or {}).items():
+            measured.setdefault(name, {}).setdefault(line["round"], []).append(value)
+    means = {name: {n: mean_of(values) for n, values in own.items()} for name, own in measured.items()}
+    return Ledger(num_messages=num_messages, num_unequal=num_unequal, measured=means)
 
 
 def progress_of(directory: Path) -> str:
-    """How far a run without result has come, in words; a line half written is not counted."""
+    """Say how far a run without result has come; a line half written is not counted."""
     path = directory / "rounds.jsonl"
     written = path.read_bytes() if path.is_file() else b""
     done = written.count(b"\n")

@@ -1,14 +1,13 @@
-"""What a report says in sentences: what ran, what is simulated, what came out, what went wrong."""
+"""Write a report's sentences: what ran, what is simulated, what came out, what went wrong."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from fedexperts.report import quantities
-from fedexperts.report.clients import main_metric, total
-from fedexperts.report.grouping import Method, flatten, tasks_of
-from fedexperts.report.quantities import Spread, lookup
-from fedexperts.report.reading import Suite
+from fedexperts.report.clients import main_metric, totals
+from fedexperts.report.grouping import Method, settings_of, tasks_of
+from fedexperts.report.quantities import Spread, finite, leaves, text, title_of
+from fedexperts.report.reading import Run, Suite
 
 _SIMULATED = {
     "inprocess": (
@@ -25,9 +24,25 @@ _NOT_SIMULATED = (
     "Clients were processes of their own that talked to the server through Flower; times contain that "
     "network, the loopback of one machine where nothing else was set up."
 )
+_BEFORE_AFTER = (
+    "Each client's own model on its own test examples. Before: what the server sends after the last round, "
+    "with what the client keeps; after: the same after one more turn of local steps. "
+    "ROUGE-L, exact match and exam accuracy are in points of 100. The exam measures what the model knew "
+    "before: base is the untouched model, global the server's, personalised the mean over clients."
+)
+_ONE_SEED = "One seed only: there is no spread, and a difference from another run is no finding yet."
+_FEW_SEEDS = "Fewer than three seeds for {}: the spread says little, and a difference is no finding yet."
+_MAX_FAILURES = 25
+_COUNTED = {
+    "num_truncated": "truncated to the longest length allowed",
+    "num_test_truncated": "of the test splits truncated to the longest length allowed",
+    "num_without_label": "left out because no token of the response was left to learn",
+    "num_test_without_label": "of the test splits in no loss, for the same reason",
+    "num_prompts_cut": "of the test prompts cut at their beginning to fit the model's positions",
+}
 
 
-def among(values: Iterable[Any]) -> str:
+def _among(values: Iterable[Any]) -> str:
     """The different values as one phrase: ``5``, ``5 or 10``, ``1, 5 or 10``."""
     texts = list(dict.fromkeys(str(value) for value in values))
     return " or ".join([", ".join(texts[:-1]), texts[-1]]) if len(texts) > 1 else "".join(texts)
@@ -40,105 +55,90 @@ def _plural(number: int, word: str) -> str:
 def what_ran(methods: Sequence[Method]) -> str:
     """One sentence: methods, seeds, clients, rounds, data and model."""
     runs = [run for method in methods for run in method.runs]
-    flat = [flatten(run.result["settings"]) for run in runs]
     names = list(dict.fromkeys(method.name for method in methods))
-    seeds = sorted({run.seed for run in runs})
     subject = names[0] if len(names) == 1 else f"{len(names)} methods ({', '.join(names)})"
     if len(runs) > 1:
-        subject += f", {_plural(len(seeds), 'seed')}, {_plural(len(runs), 'run')} in all"
-    parts = [
-        f"{among(len(run.result['clients']) for run in runs)} clients",
-        f"{among(_rounds(run.result, settings) for run, settings in zip(runs, flat, strict=True))} rounds",
-    ]
-    for key, words in (
-        ("training.num_local_steps", "{} local steps"),
-        ("training.batch_size", "batches of {}"),
-    ):
-        values = [settings[key] for settings in flat if key in settings]
-        if values:
-            parts.append(words.format(among(values)))
-    about = [f"{subject}: {', '.join(parts)}"]
-    sources = among(_last_part(settings["data.source"]) for settings in flat if "data.source" in settings)
-    kinds = among(settings["data.partition.kind"] for settings in flat if "data.partition.kind" in settings)
-    models = among(_last_part(settings["model.name"]) for settings in flat if "model.name" in settings)
-    partition = f" ({kinds} partition)" if kinds else ""
-    about += [f"data {sources}{partition}"] if sources else []
-    about += [f"model {models}"] if models else []
-    return f"{'; '.join(about)}."
+        seeds = _plural(len({run.seed for run in runs}), "seed")
+        subject += f", {seeds}, {_plural(len(runs), 'run')} in all"
+    parts = [f"{_among(len(run.result['clients']) for run in runs)} clients"]
+    parts += [f"{_among(run.result.get('rounds', '?') for run in runs)} rounds"]
+    parts += _set(runs, "training.num_local_steps", "{} local steps")
+    parts += _set(runs, "training.batch_size", "batches of {}")
+    data = [*_set(runs, "data.source", "data {}"), *_set(runs, "data.partition.kind", "({} partition)")]
+    about = [f"{subject}: {', '.join(parts)}", " ".join(data), *_set(runs, "model.name", "model {}")]
+    return f"{'; '.join(part for part in about if part)}."
 
 
-def _last_part(name: Any) -> str:
-    """A path's last part; a name of the hub (``owner/name``) as it is."""
-    text = str(name)
-    return PurePath(text).name if PurePath(text).is_absolute() or text.startswith(".") else text
-
-
-def _rounds(result: dict[str, Any], settings: dict[str, Any]) -> Any:
-    return result.get("rounds", settings.get("rounds", "?"))
-
-
-def what_is_simulated(methods: Sequence[Method]) -> tuple[str, ...]:
-    """One sentence or two for each transport among the runs."""
-    kinds = dict.fromkeys(
-        (str(result.get("transport", "")), result.get("simulated") is not False)
-        for method in methods
-        for result in method.results
+def _set(runs: Sequence[Run], key: str, words: str) -> list[str]:
+    """The runs' values of a setting in words, or nothing; of a path its last part."""
+    values = [settings[key] for run in runs if key in (settings := settings_of(run))]
+    named = (
+        PurePath(v).name if PurePath(v).is_absolute() or v.startswith(".") else v for v in map(str, values)
     )
-    sentences = {_simulated_text(*kind): kind[0] for kind in kinds}
+    return [words.format(_among(named))] if values else []
+
+
+def what_is_simulated(methods: Sequence[Method]) -> list[str]:
+    """One sentence or two for each transport among the runs."""
+    sentences: dict[str, str] = {}
+    for result in (run.result for method in methods for run in method.runs):
+        transport, is_simulated = str(result.get("transport", "")), result.get("simulated") is not False
+        known = _SIMULATED.get(transport, _SIMULATED["inprocess"])
+        sentences.setdefault(known if is_simulated else _NOT_SIMULATED, transport)
     if len(sentences) == 1:
-        return tuple(sentences)
-    return tuple(f"Transport {transport}: {text}" for text, transport in sentences.items())
+        return list(sentences)
+    return [f"Transport {transport}: {sentence}" for sentence, transport in sentences.items()]
 
 
-def _simulated_text(transport: str, is_simulated: bool) -> str:
-    return _SIMULATED.get(transport, _SIMULATED["inprocess"]) if is_simulated else _NOT_SIMULATED
+def on_results(methods: Sequence[Method]) -> list[str]:
+    """Say how to read the headline table, and how far to trust its spread."""
+    few = [method.label for method in methods if len(method.runs) < 3]
+    if max(len(method.runs) for method in methods) == 1:
+        return [_ONE_SEED, _BEFORE_AFTER]
+    names = "all methods" if len(few) == len(methods) else ", ".join(few)
+    return [*([_FEW_SEEDS.format(names)] if few else []), _BEFORE_AFTER]
 
 
-def at_a_glance(methods: Sequence[Method]) -> tuple[str, ...]:
+def at_a_glance(methods: Sequence[Method]) -> list[str]:
     """The few sentences that a reader in a hurry needs, made from the numbers alone."""
     sentences = []
     for task, group in tasks_of(methods).items():
         where = f"On {task}: " if task else ""
         sentences += [where + sentence for sentence in (*_scores(group), *_exams(group))]
-    sentences += _bytes(methods)
-    return tuple(sentences)
+    path = "bytes.upload_per_client_round"
+    sizes = {m.name: text(path, size, has_std=False) for m in reversed(methods) if (size := m.spread(path))}
+    listed = ", ".join(f"{name} {size}" for name, size in reversed(sizes.items()))
+    return [*sentences, *([f"Upload of a client in a round: {listed}."] if sizes else [])]
 
 
 def _scores(group: Sequence[Method]) -> list[str]:
     metric = main_metric(group)
-    words = "ROUGE-L" if metric == "rougeL" else "test loss"
-    found = [(method, method.spread(f"mean.{metric}_after")) for method in group]
-    present = [(method, value) for method, value in found if value is not None]
+    words = f"mean {'ROUGE-L' if metric == 'rougeL' else 'test loss'}"
+    present = [(method, value) for method in group if (value := method.spread(f"mean.{metric}_after"))]
     if not present:
         return []
     sign = 1 if metric == "rougeL" else -1
-    ranked = sorted(present, key=lambda pair: -sign * pair[1].mean)
-    best, value = ranked[0]
-    text = quantities.metric_spread(metric, value)
-    if len(ranked) == 1:
+    (best, value), *others = sorted(present, key=lambda pair: -sign * pair[1].mean)
+    written = text(metric, value)
+    if not others:
         before = best.spread(f"mean.{metric}_before")
-        beside = f", {quantities.metric_spread(metric, before)} before them" if before else ""
-        return [f"{best.name}: mean {words} {text} after local steps{beside}."]
-    equal = [method.name for method, own in ranked if quantities.metric_spread(metric, own) == text]
-    if len(equal) > 1:
-        return [f"{', '.join(equal)} have the best mean {words} after local steps, all {text}."]
-    second, other = ranked[1]
-    sentence = (
-        f"{best.name} has the best mean {words} after local steps, {text}; next is {second.name} with "
-        f"{quantities.metric_spread(metric, other)}{_caution(value, other)}."
-    )
-    return [sentence]
+        beside = f", {text(metric, before)} before them" if before else ""
+        return [f"{best.name}: {words} {written} after local steps{beside}."]
+    equal = [method.name for method, own in others if text(metric, own) == written]
+    if equal:
+        return [f"{', '.join([best.name, *equal])} have the best {words} after local steps, all {written}."]
+    second, other = others[0]
+    return [
+        f"{best.name} has the best {words} after local steps, {written}; next is {second.name} with "
+        f"{text(metric, other)}{_caution(value, other)}."
+    ]
 
 
 def _caution(first: Spread, second: Spread) -> str:
-    widest = max(first.std or 0.0, second.std or 0.0)
     if min(first.num_values, second.num_values) < 3:
         return " (fewer than three seeds: no finding yet)"
-    return (
-        " (a gap within one standard deviation: no finding)"
-        if abs(first.mean - second.mean) <= widest
-        else ""
-    )
+    is_within = abs(first.mean - second.mean) <= max(first.std or 0.0, second.std or 0.0)
+    return " (a gap within one standard deviation: no finding)" if is_within else ""
 
 
 def _exams(group: Sequence[Method]) -> list[str]:
@@ -147,37 +147,21 @@ def _exams(group: Sequence[Method]) -> list[str]:
         after = method.spread("exam.personalised") or method.spread("exam.global")
         base = method.spread("exam.base")
         if after is not None and base is not None:
-            parts.append(f"{method.name} {_signed(100 * (after.mean - base.mean))}")
-    if not parts:
-        return []
-    return [f"Exam accuracy against the untouched model, in points: {', '.join(parts)}."]
+            points = f"{100 * (after.mean - base.mean):+.1f}".replace("-", "\N{MINUS SIGN}")
+            parts.append(f"{method.name} {points}")
+    listed = ", ".join(parts)
+    return [f"Exam accuracy against the untouched model, in points: {listed}."] if parts else []
 
 
-def _signed(points: float) -> str:
-    return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _bytes(methods: Sequence[Method]) -> list[str]:
-    sizes: dict[str, str] = {}
-    for method in methods:
-        value = method.spread("bytes.upload_per_client_round")
-        if value is not None:
-            sizes.setdefault(method.name, quantities.bytes_text(value.mean))
-    if not sizes:
-        return []
-    return [f"Upload of a client in a round: {', '.join(f'{name} {size}' for name, size in sizes.items())}."]
-
-
-def unequal_bytes(result: dict[str, Any], direction: str) -> int | None:
+def unequal_bytes(run: Run, direction: str) -> int | None:
     """Counted less predicted bytes of a run, or None where either is absent."""
-    counted = lookup(result, f"bytes.{direction}_counted")
-    predicted = lookup(result, f"bytes.{direction}_predicted")
+    counted, predicted = (run.numbers.get(f"bytes.{direction}_{kind}") for kind in ("counted", "predicted"))
     return None if counted is None or predicted is None else int(counted - predicted)
 
 
-def warnings(suite: Suite, methods: Sequence[Method]) -> tuple[str, ...]:
+def warnings(suite: Suite, methods: Sequence[Method]) -> list[str]:
     """All that a reader must know before believing the numbers; empty where nothing went wrong."""
-    found = [f"{run.name} is in no table: {run.reason}." for run in suite.absent]
+    found = [f"{name} is in no table: {reason}." for name, reason in suite.absent.items()]
     found += [
         f"{run.name} has the status {run.result['status']!r}."
         for run in suite.runs
@@ -185,64 +169,70 @@ def warnings(suite: Suite, methods: Sequence[Method]) -> tuple[str, ...]:
     ]
     labels: dict[str, list[str]] = {}
     for method in methods:
-        for text in _method_warnings(method):
-            labels.setdefault(text, []).append(method.label)
-    for text, whose in labels.items():
+        for sentence in _method_warnings(method):
+            labels.setdefault(sentence, []).append(method.label)
+    for sentence, whose in labels.items():
         is_everywhere = len(whose) == len(methods) > 1
-        found.append(f"{'All methods' if is_everywhere else ', '.join(whose)}: {text}")
-    return tuple(found)
+        found.append(f"{'All methods' if is_everywhere else ', '.join(whose)}: {sentence}")
+    return [*found, *_failures(methods)]
+
+
+def _failures(methods: Sequence[Method]) -> list[str]:
+    """The turns of clients that were lost or refused, the first ones where there are very many."""
+    every = [
+        f"{method.label}, seed {run.seed}, round {one.get('round', '?')}, {one.get('client', '?')}: "
+        f"{one.get('reason', 'no reason given')}"
+        for method in methods
+        for run in method.runs
+        for one in run.result.get("failures") or ()
+    ]
+    more = [f"and {len(every) - _MAX_FAILURES:,} more"] if len(every) > _MAX_FAILURES else []
+    return [*every[:_MAX_FAILURES], *more]
 
 
 def _method_warnings(method: Method) -> list[str]:
-    found = []
-    num_failures = sum(len(result.get("failures") or ()) for result in method.results)
+    results = [run.result for run in method.runs]
+    found = _unscored(method)
+    num_failures = sum(len(result.get("failures") or ()) for result in results)
     if num_failures:
-        found.append(f"{_plural(num_failures, 'turn')} of clients lost or refused (listed below).")
-    for field, words in (
-        ("num_truncated", "truncated to the longest length allowed"),
-        ("num_test_truncated", "of the test splits truncated to the longest length allowed"),
-        ("num_without_label", "left out because no token of the response was left to learn"),
-        ("num_test_without_label", "of the test splits in no loss, for the same reason"),
-        ("num_prompts_cut", "of the test prompts cut at their beginning to fit the model's positions"),
-    ):
-        sums = total(method.results, field)
-        if any(sums):
-            found.append(f"{_range(sums)} {words}.")
-    if any(result.get("frozen_unchanged") is False for result in method.results):
+        found.append(f"{_plural(num_failures, 'turn')} of clients lost or refused (listed at the end).")
+    sums = {words: totals(method, name) for name, words in _COUNTED.items()}
+    found += [f"{_range(own)} {words}." for words, own in sums.items() if any(own)]
+    if any(result.get("frozen_unchanged") is False for result in results):
         found.append("frozen parameters of the base model changed; the figures are void.")
     for direction in ("upload", "download"):
-        differing = sum(bool(unequal_bytes(result, direction)) for result in method.results)
+        differing = sum(bool(unequal_bytes(run, direction)) for run in method.runs)
         if differing:
-            found.append(f"{direction}ed bytes differ from the prediction in {differing} runs.")
-    repeated = len(method.runs) - len({_seed_key(result) for result in method.results})
+            found.append(f"{direction}ed bytes differ from the prediction in {_plural(differing, 'run')}.")
+    repeated = len(method.runs) - len({_seeds(run) for run in method.runs})
     if repeated:
         found.append(f"{_plural(repeated, 'run')} repeat a seed and add nothing to the spread.")
     return found
 
 
-def _seed_key(result: dict[str, Any]) -> str:
-    seeds = {key: value for key, value in flatten(result["settings"]).items() if key.endswith("seed")}
-    return repr((result["seed"], sorted(seeds.items())))
+def _unscored(method: Method) -> list[str]:
+    """Scores that some clients lack, such as one without a usable test example; means leave them out."""
+    lacking: dict[str, list[str]] = {}
+    for run in method.runs:
+        clients = run.result["clients"]
+        for name in dict.fromkeys(
+            name for own in clients.values() for name in own if name.endswith("_after")
+        ):
+            num_without = sum(finite(own.get(name)) is None for own in clients.values())
+            if num_without:
+                lacking.setdefault(f"{num_without} of {_plural(len(clients), 'client')}", []).append(name)
+    return [
+        f"{number} without {', '.join(dict.fromkeys(map(title_of, names)))}: means are over the others."
+        for number, names in lacking.items()
+    ]
+
+
+def _seeds(run: Run) -> str:
+    seeds = {key: value for key, value in leaves(run.result["settings"]) if key.endswith("seed")}
+    return repr((run.seed, sorted(seeds.items())))
 
 
 def _range(sums: list[int]) -> str:
     if len(set(sums)) == 1:
         return _plural(sums[0], "example") + (" in each run" if len(sums) > 1 else "")
     return f"{min(sums):,} to {max(sums):,} examples a run"
-
-
-def failures_of(methods: Sequence[Method]) -> list[tuple[str, ...]]:
-    """(method, seed, round, client, reason) of each client's turn that was lost or refused."""
-    return [
-        (
-            method.label,
-            str(run.seed),
-            str(failure.get("round", "?")),
-            str(failure.get("client", "?")),
-            str(failure.get("reason", "no reason given")),
-        )
-        for method in methods
-        for run in method.runs
-        for failure in run.result.get("failures") or ()
-        if isinstance(failure, dict)
-    ]

@@ -1,12 +1,12 @@
-"""The one call that makes a report."""
+"""Write a report from a run or suite directory."""
 
 from pathlib import Path
 
 from fedexperts.errors import UserError
-from fedexperts.report.content import content_of
 from fedexperts.report.markdown import markdown
 from fedexperts.report.page import page
 from fedexperts.report.reading import read_suite
+from fedexperts.report.sections import content_of
 from fedexperts.run_directory import write_atomically
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from fedexperts.algorithms.api import trained_names
 from fedexperts.config.schema import RunConfig
@@ -23,6 +21,8 @@ from fedexperts.data.split import SPLITS
 from fedexperts.data.table import LabelRow, label_table
 from fedexperts.federation.cohort import draw_cohort
 from fedexperts.federation.personal import PersonalStore
+from fedexperts.report.tables import make_table
+from fedexperts.report.terminal import terminal_table
 from fedexperts.running.result import describe_parameters
 from fedexperts.running.workbench import Workbench, open_workbench
 
@@ -55,57 +55,62 @@ class CheckReport:
 
     def render(self) -> list[RenderableType]:
         """Tables for a terminal."""
-        return [self._client_table(), self._parameter_table(), self._cost_table()]
+        return [self._client_table(), self._label_table(), self._parameter_table(), self._cost_table()]
 
-    def _client_table(self) -> Table:
-        labels = list(self.clients[0].row.labels)
-        table = Table(
-            "client", "name", *SPLITS, "cut", "no label", *labels, title="Clients and their examples"
-        )
-        for column in table.columns[2:]:
-            column.justify = "right"
-        largest = max((count for facts in self.clients for count in facts.row.labels.values()), default=1)
-        for facts in self.clients:
-            table.add_row(
+    def _client_table(self) -> RenderableType:
+        counts = [(facts.counts.num_truncated, facts.counts.num_without_label) for facts in self.clients]
+        rows = [
+            [
                 facts.row.client_id,
                 facts.row.name,
                 *(str(getattr(facts.row, f"num_{split}")) for split in SPLITS),
-                _warned(facts.counts.num_truncated),
-                _warned(facts.counts.num_without_label),
-                *(_shaded(facts.row.labels[label], largest) for label in labels),
-            )
-        return table
+                *map(str, warned),
+            ]
+            for facts, warned in zip(self.clients, counts, strict=True)
+        ]
+        titles = ["client", "name", *SPLITS, "cut", "no label"]
+        first = len(titles) - 2
+        marked = frozenset((r, first + c) for r, row in enumerate(counts) for c, one in enumerate(row) if one)
+        table = make_table("Clients and their examples", titles, rows, num_text=2, marked=marked)
+        return terminal_table(table, style="bold yellow")
 
-    def _parameter_table(self) -> Table:
-        table = Table("parameters", "number", "share", title="Parameters of the model as a client has it")
-        for column in table.columns[1:]:
-            column.justify = "right"
+    def _label_table(self) -> RenderableType:
+        rows = []
+        for facts in self.clients:
+            found = sorted(facts.row.labels.items(), key=lambda item: -item[1])
+            rows.append(
+                [facts.row.client_id, ", ".join(f"{label} {count:,}" for label, count in found if count)]
+            )
+        caption = "Labels of the clients' examples, the most frequent first"
+        return terminal_table(make_table(caption, ["client", "labels and examples"], rows, num_text=2))
+
+    def _parameter_table(self) -> RenderableType:
         roles = ("trained", "travelling", "personal")
         total = sum(count for group, count in self.parameters.items() if group not in roles)
-        groups = [(name, count) for name, count in self.parameters.items() if count or name in roles]
-        for name, count in groups:
-            if name == "travelling":
-                table.add_section()
-            table.add_row(name, f"{count:,}", f"{count / total:.2%}")
-        return table
+        rows = [
+            [name, f"{count:,}", f"{count / total:.2%}"]
+            for name, count in self.parameters.items()
+            if count or name in roles
+        ]
+        caption = "Parameters of the model as a client has it; the last three rows are parts of those above"
+        return terminal_table(make_table(caption, ["parameters", "number", "share"], rows))
 
-    def _cost_table(self) -> Table:
-        note = "memory is that of tensors; a process and its allocator take more (docs/planning.md)"
-        table = Table("predicted", "amount", title="Bytes and memory", caption=note)
-        table.columns[1].justify = "right"
+    def _cost_table(self) -> RenderableType:
+        both = sum(one.upload + one.download for one in self.bytes) * self.num_rounds
+        rows = []
         for direction in ("upload", "download"):
             sizes = [getattr(one, direction) for one in self.bytes]
             least = f"{min(sizes):,} to " if min(sizes) < max(sizes) else ""
-            table.add_row(f"{direction}, one client, one round", f"{least}{max(sizes):,} bytes")
-        table.add_row(
-            f"both, {self.cohort_size} clients, {self.num_rounds} rounds",
-            f"{sum(one.upload + one.download for one in self.bytes) * self.num_rounds:,} bytes",
-        )
-        table.add_section()
+            rows.append([f"{direction}, one client, one round", f"{least}{max(sizes):,} bytes"])
+        rows.append([f"both, {self.cohort_size} clients, {self.num_rounds} rounds", f"{both:,} bytes"])
         for name in ("weights", "gradients", "optimizer", "activations", "total"):
             about = "about " if name in ("activations", "total") else ""
-            table.add_row(f"memory: {name}", f"{about}{getattr(self.memory, name) / 2**20:,.1f} MiB")
-        return table
+            rows.append([f"memory: {name}", f"{about}{getattr(self.memory, name) / 2**20:,.1f} MiB"])
+        caption = (
+            "Bytes and memory; memory is that of tensors, a process and its allocator take more "
+            "(docs/planning.md)"
+        )
+        return terminal_table(make_table(caption, ["predicted", "amount"], rows))
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -189,15 +194,3 @@ def _fullest_batch(encoded: Sequence[Encoded], batch_size: int) -> BatchShape:
         length=max((len(each.input_ids) for each in encoded), default=1),
         labels=max(1, sum(islice(cycle(labels or [0]), batch_size))),
     )
-
-
-def _warned(count: int) -> Text:
-    return Text(str(count), style="bold yellow" if count else "dim")
-
-
-def _shaded(count: int, largest: int) -> Text:
-    """A cell of the heat map: the darker, the more examples."""
-    share = count / largest
-    red, green, blue = (round(255 - (255 - full) * share) for full in (12, 83, 148))
-    ink = "white" if share > 0.5 else "black"
-    return Text(f"{count:>4} ", style=f"{ink} on rgb({red},{green},{blue})")

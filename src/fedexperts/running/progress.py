@@ -1,10 +1,11 @@
-"""What a person sees while a run goes on: bars in a terminal, plain lines elsewhere, or nothing."""
+"""Show a run while it goes on: bars and rows in a terminal, plain lines elsewhere, or nothing."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, Self
+from itertools import accumulate
+from typing import Any, Self
 
 from rich import filesize
 from rich.console import Console
@@ -15,13 +16,13 @@ from rich.table import Column
 logger = logging.getLogger(__name__)
 
 
-class Progress(Protocol):
-    """Is told what happens in a run; a context manager, so that bars are taken off the screen at the end."""
+class Progress:
+    """Is told what happens in a run, and shows nothing of it; a context manager, so that bars end with it."""
 
     def start(self, num_rounds: int, first_round: int = 1) -> None:
         """Rounds ``first_round`` to ``num_rounds`` follow; a resumed run starts above 1."""
 
-    def round_started(self, round: int, cohort_size: int) -> None:
+    def round_started(self, round_number: int, cohort_size: int) -> None:
         """A round with ``cohort_size`` clients begins."""
 
     def client_started(self, client_id: str, num_steps: int) -> None:
@@ -33,7 +34,7 @@ class Progress(Protocol):
     def client_done(self, client_id: str) -> None:
         """The client's turn is over, well or not."""
 
-    def round_finished(self, round: int, summary: Mapping[str, Any]) -> None:
+    def round_finished(self, round_number: int, summary: Mapping[str, Any]) -> None:
         """The round counts; ``summary`` is its line in rounds.jsonl."""
 
     def phase(self, name: str) -> None:
@@ -47,47 +48,14 @@ class Progress(Protocol):
 
     def __enter__(self) -> Self:
         """Begin to show."""
-
-    def __exit__(self, *exception: object) -> None:
-        """Leave the screen as it was."""
-
-
-class QuietProgress:
-    """Shows nothing."""
-
-    def start(self, num_rounds: int, first_round: int = 1) -> None:
-        """Show nothing."""
-
-    def round_started(self, round: int, cohort_size: int) -> None:
-        """Show nothing."""
-
-    def client_started(self, client_id: str, num_steps: int) -> None:
-        """Show nothing."""
-
-    def step_done(self, loss: float) -> None:
-        """Show nothing."""
-
-    def client_done(self, client_id: str) -> None:
-        """Show nothing."""
-
-    def round_finished(self, round: int, summary: Mapping[str, Any]) -> None:
-        """Show nothing."""
-
-    def phase(self, name: str) -> None:
-        """Show nothing."""
-
-    def advance_phase(self, done: int, total: int) -> None:
-        """Show nothing."""
-
-    def message(self, text: str) -> None:
-        """Show nothing."""
-
-    def __enter__(self) -> Self:
-        """Nothing to begin."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Nothing to take away."""
+        """Take bars off the screen."""
+
+
+class QuietProgress(Progress):
+    """Shows nothing."""
 
 
 EVENTS = (
@@ -112,7 +80,7 @@ def relayed_progress(send: Callable[..., None], events: Sequence[str] = EVENTS) 
     return progress
 
 
-class PlainProgress(QuietProgress):
+class PlainProgress(Progress):
     """One line a round and one a phase, through logging: for files, pipes and CI."""
 
     def __init__(self, title: str = "") -> None:
@@ -126,9 +94,9 @@ class PlainProgress(QuietProgress):
         if first_round > 1:
             self.message(f"goes on with round {first_round} of {num_rounds}")
 
-    def round_finished(self, round: int, summary: Mapping[str, Any]) -> None:
+    def round_finished(self, round_number: int, summary: Mapping[str, Any]) -> None:
         """The round's line."""
-        self.message(f"round {round}/{self._num_rounds}  {describe_round(summary)}")
+        self.message(f"round {round_number}/{self._num_rounds}  {describe_round(summary)}")
 
     def phase(self, name: str) -> None:
         """The phase's line."""
@@ -140,9 +108,10 @@ class PlainProgress(QuietProgress):
 
 
 def _make_bars(console: Console) -> Bars:
+    name = min(24, console.width // 3)
     return Bars(
-        TextColumn("{task.description}", markup=False, table_column=Column(min_width=24, no_wrap=True)),
-        BarColumn(bar_width=24),
+        TextColumn("{task.description}", markup=False, table_column=Column(min_width=name, no_wrap=True)),
+        BarColumn(bar_width=min(24, console.width // 5)),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
@@ -152,13 +121,17 @@ def _make_bars(console: Console) -> Bars:
     )
 
 
-class RichProgress:
-    """Bars for rounds, clients and steps, or for the phase; each only while there is something to show."""
+class RichProgress(Progress):
+    """Bars for rounds, clients and steps, or for the phase; each only while there is something to show.
+
+    Every finished round leaves its row of a table above the bars.
+    """
 
     def __init__(self, console: Console, title: str = "") -> None:
         """``title`` names the run, e.g. in a suite."""
         self._bars = _make_bars(console)
         self._title = title
+        self._has_head = False
         self._rounds = self._add(f"{title} rounds".strip())
         self._clients = self._add("  clients")
         self._steps = self._add("  steps")
@@ -177,7 +150,7 @@ class RichProgress:
         self._bars.start_task(self._rounds)
         self._show(self._rounds)
 
-    def round_started(self, round: int, cohort_size: int) -> None:
+    def round_started(self, round_number: int, cohort_size: int) -> None:
         """A bar over the cohort."""
         self._bars.reset(self._clients, total=cohort_size)
         self._show(self._rounds, self._clients)
@@ -195,9 +168,16 @@ class RichProgress:
         """One client further."""
         self._bars.update(self._clients, advance=1)
 
-    def round_finished(self, round: int, summary: Mapping[str, Any]) -> None:
-        """One round further, with its figures beside the bar."""
-        self._bars.update(self._rounds, completed=round, note=describe_round(summary))
+    def round_finished(self, round_number: int, summary: Mapping[str, Any]) -> None:
+        """One round further, with its row above the bars."""
+        columns = _columns_within(self._bars.console.width)
+        if not self._has_head:
+            self._has_head = True
+            if self._title:
+                self.message(self._title)
+            self.message(_row({name: name for name in columns}, columns))
+        self.message(_row({"round": str(round_number)} | _cells_of(summary), columns))
+        self._bars.update(self._rounds, completed=round_number)
         self._show(self._rounds)
 
     def phase(self, name: str) -> None:
@@ -283,24 +263,46 @@ def choose_progress(console: Console, *, is_quiet: bool, title: str = "") -> Pro
     return RichProgress(console, title) if console.is_terminal else PlainProgress(title)
 
 
+_COLUMNS = {
+    "round": 5,
+    "loss": 6,
+    "ROUGE-L": 7,
+    "test loss": 9,
+    "exam": 6,
+    "failed": 6,
+    "time": 8,
+    "up": 8,
+}
+"""The columns of the table of rounds with their widths; a narrow terminal has the first ones."""
+
+
+def _columns_within(width: int) -> list[str]:
+    ends = accumulate(size + 2 for size in _COLUMNS.values())
+    return [name for name, end in zip(_COLUMNS, ends, strict=True) if end - 2 <= width]
+
+
+def _row(cells: Mapping[str, str], columns: Sequence[str]) -> str:
+    return "  ".join(cells.get(name, "").rjust(_COLUMNS[name]) for name in columns).rstrip()
+
+
+def _cells_of(summary: Mapping[str, Any]) -> dict[str, str]:
+    """A round's line of rounds.jsonl by column; what it lacks is left out."""
+    scores, seconds = summary.get("evaluation") or {}, summary.get("seconds") or {}
+    found = {
+        "loss": (summary.get("train_loss"), "{:.3f}"),
+        "ROUGE-L": (scores.get("rougeL_after"), "{:.3f}"),
+        "test loss": (scores.get("loss_after"), "{:.3f}"),
+        "exam": (scores.get("exam_global"), "{:.1%}"),
+        "failed": (summary.get("num_failed") or None, "{}"),
+        "time": (seconds.get("total"), "{:.1f} s"),
+    }
+    cells = {name: form.format(value) for name, (value, form) in found.items() if value is not None}
+    size = summary.get("upload_bytes")
+    return cells | ({"up": filesize.decimal(size)} if size is not None else {})
+
+
 def describe_round(summary: Mapping[str, Any]) -> str:
     """A round's line of rounds.jsonl in a few words; what it lacks is left out."""
-    parts = [_number(summary, "train_loss", "loss {:.3f}")]
-    parts += [_number(summary.get("evaluation") or {}, key, form) for key, form in _EVALUATION.items()]
-    if isinstance(summary.get("upload_bytes"), int):
-        parts.append(f"up {filesize.decimal(summary['upload_bytes'])}")
-    if summary.get("num_failed"):
-        parts.append(f"{summary['num_failed']} failed")
-    parts.append(_number(summary.get("seconds") or {}, "total", "{:.1f} s"))
-    return "  ".join(part for part in parts if part)
-
-
-_EVALUATION = {
-    "rougeL_after": "ROUGE-L {:.3f}",
-    "loss_after": "test loss {:.3f}",
-    "exam_global": "exam {:.1%}",
-}
-
-
-def _number(values: Mapping[str, Any], key: str, form: str) -> str:
-    return form.format(values[key]) if isinstance(values.get(key), int | float) else ""
+    cells = _cells_of(summary)
+    words = {"failed": "{1} failed", "time": "{1}"}
+    return "  ".join(words.get(n, "{0} {1}").format(n, cells[n]) for n in _COLUMNS if n in cells)
