@@ -3,8 +3,9 @@
     python -m tests.mutation --sample 10 --seed 0             # 10 of every file that is named below
     python -m tests.mutation moe/choosing evaluation/loss.py  # of these alone
 
-mutmut makes the mutants, finds the tests that reach each function, and runs them. This module says which tests may
-cover a package, draws the sample, and leaves out what cannot be noticed. docs/design/0008-mutation.md has the results.
+mutmut makes the mutants, finds the tests that reach each function, and runs them. This module says which
+tests may cover a package, draws the sample, and leaves out what cannot be noticed.
+docs/design/0008-mutation.md has the results.
 """
 
 import argparse
@@ -41,7 +42,7 @@ COVERED_BY = {
     "data/batches.py": ["tests/data/test_batches.py"],
     "evaluation": ["tests/evaluation"],
 }
-"""Tests that may notice a change in a folder or file of the package; mutmut finds out which of them reach it."""
+"""Tests that may notice a change in a folder or file; mutmut finds out which of them reach a function."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +59,21 @@ class Mutant:
 
 
 def can_be_noticed(mutant: Mutant) -> bool:
-    """Return False for another wording of a message, another device, and a looser ``zip``."""
+    """Return False for another wording of a message, another device, a looser ``zip`` and a type for mypy."""
     return _essence(mutant.before) != _essence(mutant.after)
+
+
+def is_blunt(mutant: Mutant) -> bool:
+    """Return True for a value replaced by None and for an argument left out, which mostly end in an error."""
+    more_nones = mutant.after.count("None") > mutant.before.count("None")
+    loses_not = mutant.before.count("not ") > mutant.after.count("not ")
+    return more_nones or (len(mutant.after) + 2 < len(mutant.before) and not loses_not)
 
 
 def _essence(line: str) -> str:
     line = re.sub(r'"[^"]* [^"]*"', '""', line)
     line = re.sub(r"\b(strict|device)=[\w.]+,?|\.to\((None|[\w.]*device)\)", "", line)
+    line = re.sub(r"\bcast\([^,]+,", "cast(", line)
     return re.sub(r"[\s,]", "", line)
 
 
@@ -87,7 +96,7 @@ def plain_functions(source: str) -> str:
 
 
 def mutants_of(path: Path) -> list[Mutant]:
-    """All mutants of a file, given by its path below the package."""
+    """Return all mutants of a file, given by its path below the package."""
     source = plain_functions((ROOT / PACKAGE / path).read_text())
     mutated = mutate_file_contents(str(PACKAGE / path), source)
     lines = mutated.code.splitlines()
@@ -108,7 +117,7 @@ def mutants_of(path: Path) -> list[Mutant]:
 
 
 def draw(paths: Iterable[Path], sample: int, seed: int) -> list[Mutant]:
-    """``sample`` mutants of every file, or all where there are fewer; a file's own do not depend on the others."""
+    """Draw ``sample`` mutants of every file, or all where it has fewer; a file's draw is its own."""
     drawn = []
     for path in paths:
         all_of_file = [mutant for mutant in mutants_of(path) if can_be_noticed(mutant)]
@@ -118,7 +127,8 @@ def draw(paths: Iterable[Path], sample: int, seed: int) -> list[Mutant]:
 
 
 def prepare(paths: Iterable[Path], tests: Iterable[str], workspace: Path) -> None:
-    """Copy the repository with what mutmut has to know; what is unchanged stays, and with it mutmut's cache."""
+    """Copy the repository, with what mutmut has to know; a copy with other files to mutate is of no use."""
+    shutil.rmtree(workspace, ignore_errors=True)
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
     mutated = {str(PACKAGE / path) for path in paths}
@@ -138,13 +148,12 @@ def prepare(paths: Iterable[Path], tests: Iterable[str], workspace: Path) -> Non
             table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
             text += f"\n[tool.mutmut]\n{table}".encode()
         target = workspace / name
-        if not target.exists() or target.read_bytes() != text:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(text)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(text)
 
 
 def run(mutants: list[Mutant], tests: Iterable[str], workspace: Path) -> dict[Mutant, str]:
-    """mutmut's word on each of the mutants."""
+    """Run the tests on each mutant; return mutmut's word on it, such as killed or survived."""
     prepare({mutant.path for mutant in mutants}, tests, workspace)
     mutmut = Path(sys.executable).with_name("mutmut")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -169,15 +178,16 @@ def run(mutants: list[Mutant], tests: Iterable[str], workspace: Path) -> dict[Mu
 
 
 def show(status: Mapping[Mutant, str]) -> None:
-    """Print those that no test noticed, and how many were by file."""
-    noticed, drawn = collections.Counter(), collections.Counter(str(mutant.path) for mutant in status)
+    """Print the mutants that no test noticed, and count those noticed by file and in all."""
+    noticed, drawn = collections.Counter(), collections.Counter()
     for mutant, word in status.items():
-        noticed[str(mutant.path)] += word in NOTICED
+        for row in (str(mutant.path), "all", *(() if is_blunt(mutant) else ("all but None and arguments",))):
+            drawn[row] += 1
+            noticed[row] += word in NOTICED
         if word not in NOTICED:
             print(f"{word}: {mutant}")
-    for path, number in drawn.items():
-        print(f"{noticed[path]:4d} of {number:4d}  {path}")
-    print(f"{noticed.total():4d} of {drawn.total():4d}  noticed: {noticed.total() / drawn.total():.0%}")
+    for row, number in sorted(drawn.items()):
+        print(f"{noticed[row]:4d} of {number:4d}  {noticed[row] / number:4.0%}  {row}")
 
 
 def main() -> None:
@@ -192,7 +202,9 @@ def main() -> None:
     paths, tests = [], set()
     for asked in arguments.covered or COVERED_BY:
         covering = [
-            tests for part, tests in COVERED_BY.items() if asked.startswith(part) or part.startswith(asked)
+            folders
+            for part, folders in COVERED_BY.items()
+            if asked.startswith(part) or part.startswith(asked)
         ]
         place = ROOT / PACKAGE / asked
         if not covering or not place.exists():
@@ -200,7 +212,6 @@ def main() -> None:
         found = sorted(place.rglob("*.py")) if place.is_dir() else [place]
         paths += [path.relative_to(ROOT / PACKAGE) for path in found if path.name != "__init__.py"]
         tests.update(*covering)
-    shutil.rmtree(ROOT / WORKSPACE / "mutants" / "tests", ignore_errors=True)
     show(run(draw(paths, arguments.sample, arguments.seed), tests, ROOT / WORKSPACE))
 
 
