@@ -10,6 +10,9 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 # `make TORCH_INDEX= ...` takes what PyPI has.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 
+# The order in which `make test-all` runs the fast tests; make prints it with the command.
+SEED ?= $(shell date +%s)
+
 .PHONY: help demo test test-all check bench clean
 
 help:  ## Show this help.
@@ -21,8 +24,9 @@ demo: $(VENV)/.installed  ## FLEx, FedAvg and local-only on the embedded world: 
 test: $(VENV)/.installed-dev  ## The fast tests.
 	$(BIN)/python -m pytest
 
-test-all: $(VENV)/.installed-dev  ## The fast and the slow tests.
-	$(BIN)/python -m pytest -m "not gpu" --timeout 1200
+test-all: $(VENV)/.installed-dev  ## The slow tests, and the fast ones in random order; `SEED=...` repeats an order.
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1200
+	$(BIN)/python -m pytest --random-order --random-order-seed $(SEED)
 
 check: $(VENV)/.installed-dev  ## Format, lint and types.
 	$(BIN)/ruff format --check .

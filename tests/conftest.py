@@ -42,8 +42,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Set one thread before any fixture of any scope computes; the bits of a sum depend on the number."""
     torch.set_num_threads(1)
 
 

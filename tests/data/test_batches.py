@@ -43,6 +43,18 @@ def test_a_batch_with_no_label_is_refused():
 def test_length_is_rounded_up_to_a_multiple():
     assert make_batch([of_length(9)], 0, multiple_of=8).input_ids.shape == (1, 16)
     assert make_batch([of_length(8)], 0, multiple_of=8).input_ids.shape == (1, 8)
+    for multiple, length in ((1, 9), (8, 16)):
+        several = {"batch_size": 1, "pad_token_id": 0, "multiple_of": multiple}
+        (drawn,) = draw_batches([of_length(9)], num_batches=1, rng=random.Random(0), **several)
+        (read,) = sequential_batches([of_length(9)], **several)
+        assert drawn.input_ids.shape == read.input_ids.shape == (1, length)
+
+
+def test_length_is_not_rounded_unless_asked_for():
+    nine = {"batch_size": 1, "pad_token_id": 0}
+    (drawn,) = draw_batches([of_length(9)], num_batches=1, rng=random.Random(0), **nine)
+    (read,) = sequential_batches([of_length(9)], **nine)
+    assert {batch.input_ids.shape for batch in (drawn, read, make_batch([of_length(9)], 0))} == {(1, 9)}
 
 
 def test_examples_without_label_are_left_out_and_counted(chat_tokenizer):
@@ -51,11 +63,12 @@ def test_examples_without_label_are_left_out_and_counted(chat_tokenizer):
         Example(instruction="a", response="bc"),  # 4 of the prompt with <s><user><bot>, 3 labels
         Example(instruction="a", response="0123456789"),  # cut
         Example(instruction="0123456789", response="b"),  # nothing left but prompt
+        Example(instruction="a", response=""),  # EOS is a label
     ]
     kept, counts = encode_all(format, examples)
-    assert [each.num_labels for each in kept] == [3, 6]
+    assert [each.num_labels for each in kept] == [3, 6, 1]
     assert counts == BatchCounts(
-        num_examples=3, num_truncated=2, num_without_label=1, num_tokens=17, num_labels=9
+        num_examples=4, num_truncated=2, num_without_label=1, num_tokens=22, num_labels=10
     )
 
 
@@ -111,6 +124,8 @@ def test_drawing_from_nothing_is_refused():
 
 def test_a_batch_moves_to_a_device_whole():
     batch = make_batch([of_length(3)], 0)
-    moved = batch.to("cpu")
-    assert torch.equal(moved.labels, batch.labels)
-    assert moved.num_labels == batch.num_labels
+    moved = batch.to("meta")
+    for name in ("input_ids", "attention_mask", "labels"):
+        assert getattr(moved, name).device.type == "meta"
+        assert torch.equal(getattr(batch.to("cpu"), name), getattr(batch, name))
+    assert (moved.num_examples, moved.num_labels) == (1, 2)

@@ -112,6 +112,31 @@ def test_small_alpha_gives_each_label_to_one_client():
     assert all(count == 50 for own in held for count in own.values())
 
 
+def test_large_alpha_gives_each_client_an_equal_share_of_each_label():
+    """The standard deviation of a share is 1/4 · sqrt(3 / 40,001): below 3 of 1,000 examples."""
+    labels = codes([0, 1] * 1000)
+    partition = partition_dirichlet(labels, num_clients=4, alpha=1e4, min_examples=0, rng=random.Random(0))
+    held = [np.bincount(labels[list(own)]) for own in partition.indices]
+    assert np.abs(np.array(held) - 250).max() <= 12
+
+
+@given(seeds, st.lists(st.integers(0, 5), min_size=40, max_size=200), st.integers(2, 10))
+def test_the_largest_clients_give_to_those_that_have_too_few(seed, labels, num_clients):
+    partitions = [
+        partition_dirichlet(
+            codes(labels), num_clients=num_clients, alpha=0.3, min_examples=least, rng=random.Random(seed)
+        )
+        for least in (0, 4)
+    ]
+    before, after = ([len(own) for own in partition.indices] for partition in partitions)
+    assert [now for was, now in zip(before, after, strict=True) if was < 4] == [4] * sum(
+        was < 4 for was in before
+    )
+    givers = [now for was, now in zip(before, after, strict=True) if now < was]
+    assert all(now >= max(after) - 1 for now in givers)
+    assert partitions[1].num_moved == sum(max(4 - was, 0) for was in before)
+
+
 def test_moves_to_small_clients_are_counted():
     partition = partition_dirichlet(
         codes([0] * 40), num_clients=4, alpha=1e-3, min_examples=5, rng=random.Random(1)
@@ -131,9 +156,25 @@ def test_natural_takes_the_largest_in_the_order_of_the_source():
     assert partition.clients == (1, 3)
 
 
-def test_natural_leaves_small_clients_out():
-    partition = partition_natural(codes([0, 1, 1, 2, 2, 2]), num_clients=0, min_examples=2)
+def test_natural_leaves_small_clients_out_and_says_how_many(caplog):
+    partition = partition_natural(codes([0, 1, 1, 2, 2, 2]), num_clients=2, min_examples=2)
     assert partition.clients == (1, 2)
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 clients have fewer than 2 examples and are left out."
+    ]
+
+
+def test_natural_with_one_client_says_nothing(caplog):
+    assert partition_natural(codes([7, 7]), num_clients=0, min_examples=2).clients == (7,)
+    assert caplog.records == []
+
+
+def test_natural_keeps_the_order_of_many_examples():
+    clients = codes([random.Random(index).randrange(3) for index in range(1000)])
+    partition = partition_natural(clients, num_clients=0, min_examples=1)
+    assert [list(own) for own in partition.indices] == [
+        np.flatnonzero(clients == client).tolist() for client in range(3)
+    ]
 
 
 def test_natural_with_more_clients_than_there_are_is_refused():
@@ -141,12 +182,35 @@ def test_natural_with_more_clients_than_there_are_is_refused():
         partition_natural(codes([0, 1, 1, 2, 2, 2]), num_clients=3, min_examples=2)
 
 
-def partition_by(labels, **options):
+def partition_by(labels, clients=None, **options):
     settings = PartitionSettings(min_examples=2, **options)
-    label_names = names(max(labels) + 1)
     return partition_examples(
-        codes(labels), codes([0] * len(labels)), settings, label_names=label_names, rng=random.Random(0)
+        codes(labels),
+        codes(clients or [0] * len(labels)),
+        settings,
+        label_names=names(max(labels) + 1),
+        rng=random.Random(0),
     )
+
+
+def test_each_kind_is_the_partition_of_its_name():
+    labels, rng = [0, 0, 1, 1], random.Random
+    equal = partition_by(labels, kind="iid", num_clients=2)
+    assert equal == partition_iid(4, num_clients=2, rng=rng(0))
+    owned = partition_by(labels, [3, 5, 5, 3], kind="natural", num_clients=2)
+    assert owned.indices == ((0, 3), (1, 2))
+    largest = partition_by(labels * 2, [3, 5, 5, 3, 4, 4, 4, 6], kind="natural", num_clients=1)
+    assert largest.clients == (4,)
+    drawn = partition_by(labels, kind="dirichlet", num_clients=2, alpha=0.5)
+    assert drawn == partition_dirichlet(codes(labels), num_clients=2, alpha=0.5, min_examples=2, rng=rng(0))
+    assert partition_by(labels, kind="pathological", num_clients=2).indices == ((0, 1), (2, 3))
+
+
+def test_a_label_that_no_client_holds_is_told(caplog):
+    partition_by([0, 0, 1, 1, 1], kind="pathological", num_clients=1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "No client holds the label 'label 1'; its 3 examples are not used."
+    ]
 
 
 def test_more_clients_than_examples_is_refused():

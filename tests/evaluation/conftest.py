@@ -64,7 +64,6 @@ def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def taught_model(format: PromptFormat, examples: list[Example]) -> PreTrainedModel:
     """The same model after 120 steps on the examples, which it then knows by heart."""
-    torch.set_num_threads(1)  # a fixture of the session comes before those that set it for each test
     model = new_model(len(format.tokenizer)).train()
     encoded, _ = encode_all(format, examples)
     batches = draw_batches(

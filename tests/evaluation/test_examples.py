@@ -127,6 +127,12 @@ def test_a_prompt_too_long_for_the_model_loses_its_beginning(
 
     assert scores.num_prompts_cut == 1
 
+    assert (
+        evaluate_examples(
+            taught_model, format, examples[:1], replace(SETTINGS, max_new_tokens=17)
+        ).num_prompts_cut
+        == 1
+    )
     with pytest.raises(UserError, match=r"evaluation\.max_new_tokens is 18; it must be below the model's 18"):
         evaluate_examples(taught_model, format, examples, replace(SETTINGS, max_new_tokens=18))
 

@@ -96,6 +96,12 @@ def test_a_bad_question_is_named_by_file_and_line(
         load(path)
 
 
+def test_a_bad_numbered_choice_is_named_by_file_and_line(tmp_path: Path) -> None:
+    record = {"question": "Where?", "answer": 0, "choice0": "Peru", "choice1": ""}
+    with pytest.raises(UserError, match=r"exam\.jsonl:1: .*\"choice1\" is ''; it must be a text"):
+        load(write(tmp_path / "exam.jsonl", record))
+
+
 @pytest.mark.parametrize("field", ["question", "choices", "answer"])
 def test_a_missing_field_is_named_with_its_setting(tmp_path: Path, field: str) -> None:
     path = write(tmp_path / "exam.jsonl", {name: value for name, value in GOOD.items() if name != field})

@@ -36,6 +36,11 @@ def test_shares_sum_to_one_in_each_layer() -> None:
     assert shares([[1, 3], [2, 2]]) == [[0.25, 0.75], [0.5, 0.5]]
 
 
+def test_a_layer_without_tokens_has_no_shares() -> None:
+    with pytest.raises(AssertionError, match="no token was counted"):
+        shares([[1, 3], [0, 0]])
+
+
 def test_total_variation_is_zero_for_the_same_use_and_one_for_none_in_common() -> None:
     assert total_variation([[1, 3]], [[2, 6]]) == 0.0
     assert total_variation([[5, 0], [1, 1]], [[0, 2], [1, 1]]) == 0.5

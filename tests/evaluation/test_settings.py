@@ -43,5 +43,6 @@ def test_a_question_needs_its_fields() -> None:
 
 
 def test_answers_are_generated_only_for_metrics_that_need_them() -> None:
-    assert EvaluationSettings().generates
+    assert EvaluationSettings(metrics=("loss", "rougeL")).generates
+    assert EvaluationSettings(metrics=("exact_match",)).generates
     assert not EvaluationSettings(metrics=("loss",)).generates

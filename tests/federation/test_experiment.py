@@ -83,7 +83,7 @@ class _Stopped(Exception):
 
 
 @pytest.mark.parametrize("stage", ["client", "lines", "checkpoint", "evaluation"])
-@pytest.mark.parametrize("kept", ["fresh", "kept"])
+@pytest.mark.parametrize("kept", [pytest.param("fresh", marks=pytest.mark.slow), "kept"])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(stage, kept, make_config, tmp_path, quiet, monkeypatch):
     config = make_config("flex", "rounds=3", f"training.optimizer_state={kept}", "cohort.size=2")
     run_experiment(config, tmp_path / "whole", progress=quiet)
@@ -111,6 +111,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(stage, kept, make_config, t
     assert identity(tmp_path / "cut") == identity(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_loses_at_most_the_round_under_way(make_config, tmp_path, quiet):
     config = make_config("flex", "rounds=4")
     run_experiment(config, tmp_path / "whole", progress=quiet)

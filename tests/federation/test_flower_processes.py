@@ -36,8 +36,9 @@ def test_without_flower_the_extra_is_named(make_config, tmp_path, quiet, monkeyp
         run_experiment(make_config("flex", "transport.name=flower"), tmp_path / "run", progress=quiet)
 
 
+@SLOW
 @WITHIN
-@pytest.mark.parametrize("method", ["flex", pytest.param("fedavg", marks=SLOW)])
+@pytest.mark.parametrize("method", ["flex", "fedavg"])
 def test_the_simulation_is_the_run_in_process(method, make_config, tmp_path, quiet):
     run_experiment(make_config(method), tmp_path / "inprocess", progress=quiet)
     run_experiment(make_config(method, "transport.name=flower"), tmp_path / "flower", progress=quiet)

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from families import each_family
 from fedexperts.errors import UserError
 from fedexperts.models.adapters import (
     AdapterSettings,
@@ -22,7 +23,7 @@ from fedexperts.models.adapters import (
     save_adapter,
 )
 from fedexperts.models.groups import count_parameters, parameter_groups
-from fedexperts.models.tiny import FAMILIES, tiny_model
+from fedexperts.models.tiny import tiny_model
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.graft import GraftForm, graft, grafted
 from fedexperts.moe.surgery.slots import SlotPlan, split_layer
@@ -51,7 +52,7 @@ def adapted(
     return model, names
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_family())
 def test_lora_at_its_start_changes_no_bit_and_trains_alone(family: str) -> None:
     model = tiny_model(family)
     before = logits_of(model)
@@ -73,7 +74,7 @@ def test_grafts_and_tuned_slots_go_on_training_under_lora() -> None:
     assert {name for name, p in model.named_parameters() if p.requires_grad} == before | set(names)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_family())
 def test_removing_lora_leaves_what_was_there(family: str) -> None:
     model = tiny_model(family)
     before, keys, hash_before = logits_of(model), list(model.state_dict()), sha256_of(model.state_dict())
@@ -85,7 +86,7 @@ def test_removing_lora_leaves_what_was_there(family: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_family())
 def test_peft_loads_the_folder_to_the_same_logits(family: str, tmp_path: Path) -> None:
     model, names = adapted(family)
     save_adapter(tmp_path, seam.tensor_views(model, names), AdapterSettings(rank=4), "the/base")
@@ -258,7 +259,7 @@ def test_setting_out_of_range_is_refused(more: dict[str, Any], sentence: str) ->
     assert str(caught.value) == sentence
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_family())
 def test_groups_add_up_and_the_large_ones_are_there(family: str) -> None:
     model, names = adapted(family)
     seam.take_seat(model)

@@ -9,13 +9,14 @@ from checkpoints import Damage
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from families import each_family
 from fedexperts.errors import UserError
 from fedexperts.models.checkpoint import Checkpoint
-from fedexperts.models.tiny import FAMILIES, tiny_model
+from fedexperts.models.tiny import tiny_model
 from fedexperts.moe.surgery import seam
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_family())
 def test_expert_on_disk_is_the_live_expert(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     model.save_pretrained(tmp_path)

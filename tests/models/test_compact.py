@@ -7,6 +7,7 @@ import torch
 from checkpoints import Damage
 from transformers import AutoModelForCausalLM
 
+from families import each_family
 from fedexperts.errors import UserError
 from fedexperts.models.checkpoint import Checkpoint
 from fedexperts.models.compact import (
@@ -16,7 +17,7 @@ from fedexperts.models.compact import (
     restore_model,
 )
 from fedexperts.models.plain_checkpoint import export_model
-from fedexperts.models.tiny import FAMILIES, tiny_model
+from fedexperts.models.tiny import tiny_model
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.graft import GraftForm, graft
 from fedexperts.moe.surgery.low_bit import LowBitForm
@@ -51,7 +52,7 @@ def assert_same_tensors(found, wanted):
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_family())
 def test_compact_from_disk_is_compact_in_place_and_exports(family: str, tmp_path: Path) -> None:
     live = saved(family, tmp_path / "full")
     before = {name: tensor.clone() for name, tensor in live.state_dict().items()}

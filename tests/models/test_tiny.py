@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from families import LAYOUTS, each_family
 from fedexperts.errors import UserError
 from fedexperts.models.tiny import FAMILIES, tiny_model
+from fedexperts.moe.surgery import seam
 from fedexperts.tensors import first_non_finite, sha256_of
 
 NAMED_BY_THE_ISSUE = {
@@ -30,12 +32,38 @@ def test_families_that_users_were_promised_are_there() -> None:
     assert list(FAMILIES) == sorted(FAMILIES)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_family())
 def test_equal_seeds_give_equal_models(family: str) -> None:
     first, again, other = (tiny_model(family, seed=seed).state_dict() for seed in (1, 1, 2))
     assert sha256_of(first) == sha256_of(again) != sha256_of(other)
     assert first_non_finite(first) is None
     assert sum(tensor.numel() for tensor in first.values()) < 200_000
+
+
+def layout_of(family: str) -> set[object]:
+    """All that surgery has to tell apart: how an MoE layer is laid out, and the block that it stands in."""
+    model = tiny_model(family, dtype=torch.bfloat16)
+    layer, *_ = seam.find_moe_layers(model)
+    block_name = layer.name.rpartition(".")[0]
+    block = dict(model.get_submodule(block_name).named_parameters())
+    router = [name for name in block if name.split(".")[0] in ("gate", "router")]
+    return {
+        *((mark, getattr(layer.experts, mark)) for mark in ("is_transposed", "has_bias", "is_concatenated")),
+        ("parameters", layer.parameter_names()),
+        ("place", tuple(part for part in layer.name.split(".") if not part.isdigit())),
+        ("router", len(router), any(name.endswith("bias") for name in router)),
+        ("correction", any("correction" in name for name in model.state_dict())),
+        ("shared expert", any("shared" in name for name in block)),
+        ("shared gate", any("shared_expert_gate" in name for name in block)),
+        ("float32", any(parameter.dtype == torch.float32 for parameter in model.parameters())),
+        ("dense layer first", "0" not in block_name.split(".")),
+    }
+
+
+def test_families_of_the_fast_tests_have_every_layout_that_a_family_has() -> None:
+    found = {family: layout_of(family) for family in FAMILIES}
+    covered = set().union(*(found[family] for family in LAYOUTS))
+    assert {family: layout - covered for family, layout in found.items() if layout - covered} == {}
 
 
 def test_global_generator_is_left_as_it_was() -> None:

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import pytest
 from seated import Seated, assert_same_state, seat, state
 
-from fedexperts.models.tiny import FAMILIES
+from families import each_family
 
 
-@pytest.fixture(params=FAMILIES, scope="module")
+@pytest.fixture(params=each_family(), scope="module")
 def seated(request: pytest.FixtureRequest) -> Seated:
-    """Every family in turn."""
+    """One family of each layout in turn; all families among the slow tests."""
     return seat(request.param)
 
 

@@ -6,6 +6,7 @@ from cached import PLENTY, Tokens, padded_batches
 from seated import Seated, random_tokens, seat
 from torch import Tensor
 
+from families import each_family
 from fedexperts.errors import UserError
 from fedexperts.models.tiny import FAMILIES, tiny_model
 from fedexperts.moe.observing.activations import collect_activations
@@ -26,7 +27,7 @@ HYBRID = {
     "qwen4_exp_text",
 }
 """One of their two MoE layers stands beside linear attention, Mamba or a convolution."""
-FULL = sorted(set(FAMILIES) - WITHOUT_ATTENTION - HYBRID)
+FULL = tuple(sorted(set(FAMILIES) - WITHOUT_ATTENTION - HYBRID))
 
 
 def from_maps(found: Seated, batch: Tokens) -> list[Tensor]:
@@ -63,7 +64,7 @@ def from_maps(found: Seated, batch: Tokens) -> list[Tensor]:
     return means
 
 
-@pytest.mark.parametrize("family", FULL)
+@pytest.mark.parametrize("family", each_family(FULL))
 def test_it_is_that_of_the_models_own_attention_maps(family: str) -> None:
     found, (batch, *_) = seat(family), padded_batches([(24, 15, 9)])
     profiles = profile_experts(found.model, found.layers, [batch])
@@ -84,7 +85,7 @@ def test_watching_changes_no_bit(seated: Seated) -> None:
     assert torch.equal(seated.logits(), seated.stock_logits)
 
 
-@pytest.mark.parametrize("family", sorted(HYBRID | WITHOUT_ATTENTION))
+@pytest.mark.parametrize("family", each_family(tuple(sorted(HYBRID | WITHOUT_ATTENTION))))
 def test_layers_without_softmax_attention_are_told(family: str) -> None:
     found, batches = seat(family), padded_batches()
     number = 2 if family in WITHOUT_ATTENTION else 1

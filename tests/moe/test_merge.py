@@ -209,6 +209,23 @@ def test_refit_with_little_ridge_is_least_squares(qwen: Seated):
     torch.testing.assert_close(fitted["down_proj"], solution.T, rtol=1e-3, atol=1e-4)
 
 
+def test_a_share_of_bfloat16_activations_is_summed_in_float32(qwen: Seated):
+    own = kept_activations(qwen).layer(0)
+    lower = dataclasses.replace(own, hidden_TD=own.hidden_TD.bfloat16())
+    exact, found = (share_of(qwen.layers[0], (1, 2, 4), each).routed_RD for each in (own, lower))
+    assert found.dtype == torch.float32
+    # inputs of 8 bits, and outputs that are no larger than the inputs
+    torch.testing.assert_close(found, exact, rtol=2**-6, atol=2**-8)
+
+
+def test_refit_of_a_gate_that_lets_nothing_through_changes_nothing(qwen: Seated):
+    own = kept_activations(qwen).layer(0)
+    silent = dataclasses.replace(own, hidden_TD=torch.zeros_like(own.hidden_TD))
+    merged = merge_group(qwen.layers[0], (1, 2), torch.ones(6))
+    found = refit_down(qwen.layers[0], (1, 2), merged, silent)
+    assert torch.equal(found["down_proj"], merged["down_proj"])
+
+
 def test_refit_of_a_group_that_no_token_reaches_changes_nothing(qwen: Seated):
     own = kept_activations(qwen).layer(0)
     elsewhere = dataclasses.replace(own, top_k_index_TK=torch.zeros_like(own.top_k_index_TK))

@@ -151,5 +151,6 @@ def test_saved_banks_give_the_same_model_elsewhere(qwen: Seated, tmp_path) -> No
 
 def test_a_bank_of_another_layer_is_refused(qwen: Seated) -> None:
     other = quantized_bank(seat("granitemoe").layers[0], FORM)
-    with pytest.raises(UserError, match="does not fit layer"):
+    shapes = r"\{'gate_up_proj': \(.*\), 'down_proj': \(.*\)\}"
+    with pytest.raises(UserError, match=rf"a bank of 6 experts of {shapes} does not fit layer .* stores 6"):
         install_bank(qwen.layers[0], other)

@@ -101,7 +101,9 @@ def really_quantised(bits: Any) -> tuple[Any, list[str]]:
     return model, names
 
 
-@pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
+@pytest.mark.parametrize(
+    ("precision", "bits"), [pytest.param("int8", 8, marks=pytest.mark.slow), ("int4", 4)]
+)
 def test_low_bit_plan_is_within_a_tenth_of_the_model_in_low_bits(precision: Any, bits: Any) -> None:
     lora = AdapterSettings(rank=4, target_modules=("q_proj", "k_proj", "v_proj"))
     asked = replace(SMALL, method="fedavg", adapter=lora)
@@ -115,7 +117,14 @@ def flux_counter() -> Counter:
     return Counter(small_config(), replace(SMALL, method="flux"))
 
 
-@pytest.mark.parametrize("memory", [1_800_000, 2_500_000, 4_000_000, 8_000_000])
+@pytest.mark.parametrize(
+    "memory",
+    [
+        1_800_000,
+        *(pytest.param(memory, marks=pytest.mark.slow) for memory in (2_500_000, 4_000_000)),
+        8_000_000,
+    ],
+)
 def test_flux_plan_is_within_a_tenth_of_the_model_in_slots(memory: int) -> None:
     asked = replace(SMALL, method="flux")
     (found,) = [

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
+from families import each_family
 from fedexperts.data.batches import Batch
 from fedexperts.errors import UserError
 from fedexperts.models.adapters import AdapterSettings, add_lora
-from fedexperts.models.tiny import FAMILIES, tiny_model
+from fedexperts.models.tiny import tiny_model
 from fedexperts.moe.surgery import seam
 from fedexperts.training.local_steps import Correction, NonFiniteLossError, local_steps
 from fedexperts.training.optimizers import ParameterGroup
@@ -51,7 +52,7 @@ def test_only_what_is_named_moves():
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_family())
 def test_loss_and_gradients_are_those_of_all_logits(family):
     """Logits are made at label positions only; the tolerance is the last bits of a sum of fewer zeros."""
     # LLaMA-MoE's router adds noise in training, and the two passes draw at different times.

@@ -200,16 +200,17 @@ def dirichlet_shares(alpha: float, size: int, rng: random.Random) -> list[float]
 
 
 def _fill_small_clients(indices: list[list[int]], labels_N: Codes, min_examples: int) -> int:
-    """Move examples from the largest clients until each has ``min_examples``; return how many were moved."""
+    """Move examples from the largest clients until each has ``min_examples``; return how many were moved.
+
+    The examples suffice for all, so while one client has too few another has too many, and a client that
+    receives is never the largest: only its own entry in the heap is out of date.
+    """
     largest = [(-len(own), client) for client, own in enumerate(indices)]
     heapq.heapify(largest)
     num_moved = 0
     for own in indices:
         while len(own) < min_examples:
             size, giver = heapq.heappop(largest)
-            if -size != len(indices[giver]):  # it has changed since it was pushed
-                heapq.heappush(largest, (-len(indices[giver]), giver))
-                continue
             own.append(_take_of_commonest_label(indices[giver], labels_N))
             heapq.heappush(largest, (size + 1, giver))
             num_moved += 1
