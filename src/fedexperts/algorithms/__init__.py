@@ -2,14 +2,24 @@
 
 from fedexperts.algorithms.api import Algorithm
 from fedexperts.algorithms.fedavg import FedAvg
+from fedexperts.algorithms.fedsa_lora import FedSALora
+from fedexperts.algorithms.ffa_lora import FFALora
 from fedexperts.algorithms.flex import Flex
+from fedexperts.algorithms.flexlora import FlexLora
+from fedexperts.algorithms.flora import Flora
+from fedexperts.algorithms.frlora import FRLora
 from fedexperts.algorithms.local_only import LocalOnly
 from fedexperts.algorithms.presets import preset
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "fedavg": FedAvg,
     "fedavg_experts": preset(FedAvg, "FedAvg with all routed experts", experts=True),
+    "fedsa_lora": FedSALora,
+    "ffa_lora": FFALora,
     "flex": Flex,
+    "flexlora": FlexLora,
+    "flora": Flora,
+    "frlora": FRLora,
     "local_only": LocalOnly,
 }
 """Name in ``[algorithm]`` to class."""

@@ -78,7 +78,7 @@ def add_lora(model: nn.Module, settings: AdapterSettings, seed: int) -> tuple[st
         inject_adapter_in_model(lora_config(settings, [f"model.{name}" for name in targets]), holder)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in parameters.items():
-        parameter.data = _start(name, parameter, seed).to(parameter.device)
+        parameter.data = lora_start(name, parameter, seed).to(parameter.device)
     for parameter in own:  # PEFT freezes all but its own
         parameter.requires_grad_(True)
     return tuple(parameters)
@@ -94,7 +94,8 @@ def _trained_beside_experts(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if p.requires_grad and is_inside(name, places)]
 
 
-def _start(name: str, parameter: Tensor, seed: int) -> Tensor:
+def lora_start(name: str, parameter: Tensor, seed: int) -> Tensor:
+    """Return where LoRA's parameter ``name`` starts, float32: B at zero, A uniform by ``seed``."""
     if ".lora_B." in name:
         return torch.zeros(parameter.shape)
     generator = torch.Generator().manual_seed(derive_seed(seed, "lora", name))
@@ -124,7 +125,7 @@ def add_adapter(model: nn.Module, settings: AdapterSettings, seed: int, name: st
     )
     for path, parameter in model.named_parameters():
         if path in made:
-            parameter.data = _start(path, parameter, seed).to(parameter.device)
+            parameter.data = lora_start(path, parameter, seed).to(parameter.device)
         parameter.requires_grad_(trains.get(path, False))
     return made
 

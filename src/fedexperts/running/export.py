@@ -1,7 +1,8 @@
 """Take a model out of a run, and load it again: generation, export, reload.
 
 An exported folder holds ``fedexperts.json`` (a description), ``adapter/`` (LoRA as PEFT writes it, which
-plain PEFT loads) and, where there are any, ``experts.safetensors`` (grafts, experts, further adapters).
+plain PEFT loads) and, where there are any, ``experts.safetensors`` (grafts, experts, folded weights, further
+adapters).
 """
 
 from collections.abc import Iterator
