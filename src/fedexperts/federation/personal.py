@@ -41,14 +41,14 @@ class PersonalStore:
         Raises:
             UserError: the version is lost or damaged.
         """
-        marker = self._marker(client_id)
         if not kept_round:
             return Kept()
         path = self._path(client_id, kept_round)
         if path.exists():
             return read_kept(path)
-        if marker.exists():
-            raise UserError(f"what the client kept after round {kept_round} is lost: {path} is missing")
+        marker = self._first_kept(client_id)
+        if marker.exists() and kept_round >= int(marker.read_text()):
+            raise UserError(f"the tensors that the client kept after round {kept_round} are lost: no {path}")
         return Kept()
 
     def save(self, client_id: str, kept: Kept, *, round_number: int, kept_round: int) -> None:
@@ -64,16 +64,17 @@ class PersonalStore:
             raise UserError(f"its own tensor {bad!r} has values that are not finite")
         path = self._path(client_id, round_number)
         write_atomically(path, save_safetensors(_flat(kept)))
-        self._marker(client_id).touch()
+        if not self._first_kept(client_id).exists():
+            write_atomically(self._first_kept(client_id), str(round_number).encode())
         for version in self._versions(client_id) - {round_number, kept_round}:
             self._path(client_id, version).unlink()
 
     def _path(self, client_id: str, round_number: int) -> Path:
         return self.folder(client_id) / f"personal-round-{round_number:05d}.safetensors"
 
-    def _marker(self, client_id: str) -> Path:
-        """File that says that this client keeps tensors: one that is missing is then lost."""
-        return self.folder(client_id) / "keeps_tensors"
+    def _first_kept(self, client_id: str) -> Path:
+        """File with the first round that kept something: a version of a later one that is missing is lost."""
+        return self.folder(client_id) / "first_kept_round"
 
     def _versions(self, client_id: str) -> set[int]:
         matches = (_VERSION.match(path.name) for path in self.folder(client_id).glob("personal-round-*"))
