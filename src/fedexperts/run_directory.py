@@ -108,10 +108,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def keep_lines_until(path: Path, round: int) -> None:
-    """Drop the records of rounds after ``round``: what a crash left behind of a round that does not count."""
+def keep_lines_until(path: Path, last_round: int) -> None:
+    """Drop the records of rounds after ``last_round``, which a crash left of a round that does not count."""
     records = read_lines(path)
-    kept = [json.dumps(record) + "\n" for record in records if record["round"] <= round]
+    kept = [json.dumps(record) + "\n" for record in records if record["round"] <= last_round]
     if path.exists():
         write_atomically(path, "".join(kept).encode())
 

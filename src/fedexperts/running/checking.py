@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
+from rich.text import Text
 
 from fedexperts.algorithms.api import trained_names
 from fedexperts.config.schema import RunConfig
@@ -28,13 +29,15 @@ from fedexperts.running.workbench import Workbench, open_workbench
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientFacts:
+class CheckedClient:
     """One client's row."""
 
     row: LabelRow
     """Who it is, the sizes of its splits, and its labels."""
     counts: BatchCounts
     """Of its training examples: tokens, labels, truncated, without label."""
+    num_usable_tests: int
+    """Test examples, of those that are scored, that have a label."""
     fullest_batch: BatchShape
     """No batch that it draws is longer or has more labels."""
 
@@ -43,7 +46,7 @@ class ClientFacts:
 class CheckReport:
     """Everything that ``fedexperts check`` shows."""
 
-    clients: tuple[ClientFacts, ...]
+    clients: tuple[CheckedClient, ...]
     cohort_size: int
     num_rounds: int
     parameters: dict[str, int]
@@ -55,7 +58,9 @@ class CheckReport:
 
     def render(self) -> list[RenderableType]:
         """Tables for a terminal."""
-        return [self._client_table(), self._label_table(), self._parameter_table(), self._cost_table()]
+        warnings = [Text(sentence, style="bold yellow") for sentence in self.warnings()]
+        tables = (self._client_table(), self._label_table(), self._parameter_table(), self._cost_table())
+        return [*tables, *warnings]
 
     def _client_table(self) -> RenderableType:
         counts = [(facts.counts.num_truncated, facts.counts.num_without_label) for facts in self.clients]
@@ -112,6 +117,19 @@ class CheckReport:
         )
         return terminal_table(make_table(caption, ["predicted", "amount"], rows))
 
+    def warnings(self) -> list[str]:
+        """Return a sentence for each client that cannot train, or that nothing can be scored for."""
+        limit = "within data.max_tokens"
+        return [
+            f"{facts.row.client_id} has no {what} example with a label {limit}: {then}"
+            for facts in self.clients
+            for what, usable, then in (
+                ("training", facts.counts.num_labels, "its rounds will fail"),
+                ("test", facts.num_usable_tests, "it will have no scores"),
+            )
+            if not usable
+        ]
+
     def as_json(self) -> dict[str, Any]:
         """The same as plain data."""
         return {
@@ -127,6 +145,7 @@ class CheckReport:
                 }
                 for facts in self.clients
             },
+            "warnings": self.warnings(),
             "cohort_size": self.cohort_size,
             "rounds": self.num_rounds,
             "parameters": self.parameters,
@@ -180,10 +199,15 @@ def check_experiment(config: RunConfig) -> CheckReport:
             )
 
 
-def _facts(bench: Workbench, row: LabelRow) -> ClientFacts:
+def _facts(bench: Workbench, row: LabelRow) -> CheckedClient:
     encoded, counts = encode_all(bench.format, bench.data.examples(row.client_id, "train"))
-    return ClientFacts(
-        row=row, counts=counts, fullest_batch=_fullest_batch(encoded, bench.config.training.batch_size)
+    largest = bench.config.evaluation.max_test_examples
+    tests = bench.data.examples(row.client_id, "test")
+    return CheckedClient(
+        row=row,
+        counts=counts,
+        num_usable_tests=len(encode_all(bench.format, tests[:largest] if largest else tests)[0]),
+        fullest_batch=_fullest_batch(encoded, bench.config.training.batch_size),
     )
 
 

@@ -222,10 +222,10 @@ class RowProgress(QuietProgress):
         """Begin at the round the run goes on with."""
         self._bars.update(self._row, total=num_rounds, completed=first_round - 1)
 
-    def round_finished(self, round: int, summary: Mapping[str, Any]) -> None:
+    def round_finished(self, round_number: int, summary: Mapping[str, Any]) -> None:
         """One round further, with its figures beside the bar."""
         self._last = describe_round(summary)
-        self._bars.update(self._row, completed=round, note=self._last)
+        self._bars.update(self._row, completed=round_number, note=self._last)
 
     def phase(self, name: str) -> None:
         """Show the phase's name beside the bar."""
