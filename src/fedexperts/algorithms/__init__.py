@@ -8,6 +8,7 @@ from fedexperts.algorithms.flex import Flex
 from fedexperts.algorithms.flexlora import FlexLora
 from fedexperts.algorithms.flora import Flora
 from fedexperts.algorithms.frlora import FRLora
+from fedexperts.algorithms.local_graft import LocalGraft
 from fedexperts.algorithms.local_only import LocalOnly
 from fedexperts.algorithms.presets import preset
 
@@ -20,6 +21,8 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "flexlora": FlexLora,
     "flora": Flora,
     "frlora": FRLora,
+    "local_graft": LocalGraft,
     "local_only": LocalOnly,
+    "moe_fedavg": preset(FedAvg, "FedAvg with one random expert per MoE layer", one_expert="averaged"),
 }
 """Name in ``[algorithm]`` to class."""

@@ -5,8 +5,8 @@ the steps in which it differs (docs/design/0006-protocol.md says why there is a 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from fedexperts.messages import Expected, Sent, Upload
 from fedexperts.models.adapters import AdapterSettings
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.seam import MoeLayer
-from fedexperts.moe.surgery.undo import Originals
+from fedexperts.moe.surgery.undo import Originals, undone
 from fedexperts.seeds import derive_seed
 from fedexperts.tensors import Tensors, WeightedMean, equal_bits, shapes_of
 from fedexperts.training.local_steps import Correction, LocalResult, local_steps
@@ -36,6 +36,8 @@ class ModelParts:
     """The form of that LoRA."""
     originals: Originals | None = None
     """The pretrained experts on disk; None for a model that was made in memory."""
+    seed: int = 0
+    """The run's seed, for draws that server and clients make alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,21 @@ class ClientFacts:
     """Training examples, those included that turn out to have no label."""
     memory_bytes: int = 0
     """Memory of the client's device; 0 for no limit."""
+
+
+class CalibrationBatches(Protocol):
+    """Batches to observe the pretrained model on, the same in every round."""
+
+    def __call__(
+        self, largest: int, *, is_majority_label: bool = False, text_file: str = ""
+    ) -> Sequence[Batch]:
+        """Return batches of at most ``largest`` of the client's training examples, drawn at random.
+
+        Args:
+            largest: number of examples or texts.
+            is_majority_label: draw from the examples of the client's most frequent label alone.
+            text_file: take the first texts of this file of JSON lines instead.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +85,7 @@ class Client:
     """Memory of the client's device; 0 for no limit."""
     draw_batches: Callable[[], list[Batch]]
     """This round's training batches: the same at every call."""
-    calibration_batches: Callable[[int], list[Batch]]
-    """Batches of at most so many training examples, the same in every round."""
+    calibration_batches: CalibrationBatches
     on_step: Callable[[float], None] = field(default=lambda loss: None)
 
     @property
@@ -191,7 +207,9 @@ class Algorithm:
 
     def init(self, parts: ModelParts, clients: Sequence[ClientFacts]) -> ServerState:
         """Return the state before the first round: the model's own tensors."""
-        tensors = seam.current(parts.model, self.shared_names(parts))
+        with undone(parts.model, parts.layers, parts.originals):
+            self.prepare(parts)
+            tensors = seam.current(parts.model, self.shared_names(parts))
         return ServerState(round_number=0, tensors=tensors, clients=tuple(clients))
 
     def plan_round(self, state: ServerState, cohort: Sequence[str], round_number: int) -> ServerState:
@@ -227,8 +245,12 @@ class Algorithm:
         """Return what the server's model is made of, as a client that keeps ``kept`` knows it."""
         return sent
 
+    def prepare(self, parts: ModelParts) -> None:
+        """Add to the model what every client and the server add alike: nothing, unless overridden."""
+
     def install_shared(self, parts: ModelParts, sent: Sent) -> None:
         """Put what travelled into the model."""
+        self.prepare(parts)
         seam.load_tensors(parts.model, sent.tensors)
 
     def install(self, client: Client, kept: Kept, sent: Sent) -> Kept:
@@ -325,3 +347,13 @@ def refuse_below(settings: object, limits: Mapping[str, float], *, exclusive: bo
         value = getattr(settings, name)
         if not (value > limit if exclusive else value >= limit):
             raise UserError(f"{name} must be {'above' if exclusive else 'at least'} {limit:g}, not {value}")
+
+
+def refuse_idle(settings: Any, names: Sequence[str], reason: str) -> None:
+    """Raise UserError if one of the settings ``names``, which have no effect, is not at its default."""
+    for item in fields(settings):
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        value = getattr(settings, item.name)
+        if item.name in names and value != default:
+            shown = f"is {value}" if isinstance(value, str | int | float | tuple) else "is set"
+            raise UserError(f"{item.name} {shown}, but has no effect {reason}")

@@ -3,13 +3,14 @@
 Pretrained experts and routers stay frozen. LoRA on the non-expert parameters travels and is averaged; each
 client grafts one private expert per MoE layer, a copy of the pretrained expert that best reconstructs the
 layer on the client's data (eq. 4), behind a sigmoid gate (eq. 2), and keeps it. ``reading N`` points to
-docs/algorithms/flex.md.
+docs/algorithms/flex.md, which also lists the ablations that the settings make.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from fedexperts.algorithms.api import (
     Algorithm,
@@ -19,19 +20,26 @@ from fedexperts.algorithms.api import (
     ServerState,
     TrainedGroup,
     refuse_below,
+    refuse_idle,
     upload_of,
 )
+from fedexperts.data.batches import Batch
 from fedexperts.errors import UserError
 from fedexperts.messages import Expected, Sent, Upload
-from fedexperts.moe.choosing.subsets import LARGEST, choose_subsets
+from fedexperts.moe.choosing.selection import Choice, Selection, choose_experts, draw_experts
+from fedexperts.moe.choosing.subsets import LARGEST
 from fedexperts.moe.surgery import graft as grafting
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.graft import GateMeter, GraftForm
+from fedexperts.moe.surgery.in_place import adapt_in_place, adapted_names
 from fedexperts.moe.surgery.seam import MoeLayer
+from fedexperts.seeds import derive_seed
 from fedexperts.tensors import Tensors
 
 CHOSEN = "chosen_experts"
 """Kept beside the graft: the copied expert of each MoE layer, int64 (L,), or (L, num_grafts) with several."""
+SHARED = "shared_graft_experts"
+"""Kept beside: the expert of each MoE layer that the shared graft is a copy of, int64 (L,)."""
 GATE_MEAN = "gate_mean"
 """Table of an upload: mean openness of each grafted layer's gates in training, float32 (L,)."""
 
@@ -43,24 +51,55 @@ class Flex(Algorithm):
     graft: GraftForm = field(default_factory=GraftForm)
     """How the grafted expert is built and joined."""
     num_grafts: int = 1
-    """Grafted experts per MoE layer, 1 (as the paper has it) to 8, each behind its own gate (reading 5)."""
+    """Private experts per MoE layer: 1 in the paper, at most 8 (reading 5); 0 for none."""
+    placement: Literal["beside", "in_place"] = "beside"
+    """``beside``: copies are grafted; ``in_place``: the chosen experts themselves are trained (reading 9)."""
+    shared_graft: bool = False
+    """Add one more graft per MoE layer, which is sent and averaged (reading 10)."""
     graft_lr_scale: float = 1.0
     """Learning rate of the grafted expert as a multiple of ``training.lr``."""
     gate_lr_scale: float = 1.0
     """Learning rate of the gate as a multiple of ``training.lr``."""
+    selection: Selection = "reconstruction"
+    """Choice of the copied expert: eq. 4, most tokens, largest sum of routing weights, or a draw."""
+    calibration: Literal["own", "majority_label", "other"] = "own"
+    """Texts to choose by: the client's, those of its most frequent label, or another corpus (reading 4)."""
     calibration_examples: int = 128
-    """Training examples, at most, that the copied expert is chosen by (reading 4)."""
+    """Training examples or other texts, at most, that the copied expert is chosen by (reading 4)."""
+    calibration_file: str = ""
+    """The other corpus: JSON lines with a field ``text``, of which the first are taken."""
     layers: tuple[int, ...] = ()
     """MoE layers that get a graft, counted from 0; empty takes all, as the paper does."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers outside their range."""
+        """Refuse numbers outside their range, and settings without effect."""
         refuse_below(self, {"graft_lr_scale": 0, "gate_lr_scale": 0})
         refuse_below(self, {"calibration_examples": 1}, exclusive=False)
-        if not 1 <= self.num_grafts <= LARGEST:
-            raise UserError(f"num_grafts must be from 1 to {LARGEST}, not {self.num_grafts}")
+        if not 0 <= self.num_grafts <= LARGEST:
+            raise UserError(f"num_grafts must be from 0 to {LARGEST}, not {self.num_grafts}")
         if len(set(self.layers)) < len(self.layers):
             raise UserError(f"layers must not name a layer twice, but is {list(self.layers)}")
+        if self.calibration == "other" and not self.calibration_file:
+            raise UserError('calibration_file is empty, but must name a file with calibration = "other"')
+        self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        texts = ("calibration", "calibration_examples", "calibration_file")
+        if not self.num_grafts:
+            refuse_idle(self, ("placement", "selection", *texts), "with num_grafts = 0")
+        if not self.num_grafts and not self.shared_graft:
+            names = ("graft", "graft_lr_scale", "gate_lr_scale", "layers")
+            refuse_idle(self, names, "with num_grafts = 0 and no shared_graft")
+        if self.selection == "random":
+            refuse_idle(self, texts, 'with selection = "random"')
+        if self.calibration != "other":
+            refuse_idle(self, ("calibration_file",), f'with calibration = "{self.calibration}"')
+        if self.placement == "in_place":
+            refuse_idle(self, ("gate_lr_scale", "shared_graft"), 'with placement = "in_place"')
+            if self.graft != GraftForm(lora_rank=self.graft.lora_rank, lora_alpha=self.graft.lora_alpha):
+                raise UserError('graft has settings of gate or mix: none has an effect with "in_place"')
+
+    # Names
 
     def grafted_layers(self, parts: ModelParts) -> tuple[MoeLayer, ...]:
         """Return the MoE layers that get a graft.
@@ -81,64 +120,131 @@ class Flex(Algorithm):
             )
         return layers
 
+    def shared_names(self, parts: ModelParts) -> tuple[str, ...]:
+        """Return LoRA, and the parameters of the shared graft."""
+        return (*parts.lora_names, *self._graft_names(parts, is_shared=True))
+
     def personal_names(self, parts: ModelParts) -> tuple[str, ...]:
-        """Return the parameters of grafts and gates."""
-        return grafting.graft_names(parts.layers)
+        """Return the parameters of private experts and gates."""
+        return self.private_experts(parts)
+
+    def private_experts(self, parts: ModelParts) -> tuple[str, ...]:
+        """Return the parameters of private grafts and gates, or of experts adapted in place."""
+        return (*self._graft_names(parts, is_shared=False), *adapted_names(parts.layers))
+
+    def _graft_names(self, parts: ModelParts, *, is_shared: bool) -> tuple[str, ...]:
+        """The shared graft is the first of those beside a layer."""
+        first = tuple(f"{seam.addition_name(layer)}.0." for layer in parts.layers if self.shared_graft)
+        return tuple(n for n in grafting.graft_names(parts.layers) if n.startswith(first) is is_shared)
 
     def trained(self, parts: ModelParts, sent: Sent) -> tuple[TrainedGroup, ...]:
         """Return LoRA, grafts and gates, each at its own rate."""
-        own = self.personal_names(parts)
-        weights = grafting.names_of_kind(own, is_gate=False)
-        gates = grafting.names_of_kind(own, is_gate=True)
-        return (
-            TrainedGroup(names=parts.lora_names),
-            TrainedGroup(names=weights, lr_scale=self.graft_lr_scale, keeps_optimizer=True),
-            TrainedGroup(names=gates, lr_scale=self.gate_lr_scale, keeps_optimizer=True),
-        )
+        groups = [TrainedGroup(names=parts.lora_names)]
+        private, shared = self.private_experts(parts), self._graft_names(parts, is_shared=True)
+        for names, keeps in ((private, True), (shared, False)):
+            for is_gate, scale in ((False, self.graft_lr_scale), (True, self.gate_lr_scale)):
+                kind = grafting.names_of_kind(names, is_gate=is_gate)
+                groups.append(TrainedGroup(names=kind, lr_scale=scale, keeps_optimizer=keeps))
+        return tuple(groups)
 
     def expected(self, parts: ModelParts, state: ServerState, client_id: str) -> Expected:
-        """Return averaged LoRA, and the gates' openness by layer."""
+        """Return what is averaged, and the gates' openness by layer."""
         gates = torch.empty(len(self.grafted_layers(parts)), device="meta")
         expected = super().expected(parts, state, client_id)
-        return Expected(tensors=expected.tensors, tables={GATE_MEAN: gates})
+        return Expected(tensors=expected.tensors, tables={GATE_MEAN: gates} if self._has_gates else {})
 
-    def blank(self, parts: ModelParts) -> Kept:
-        """Return expert 0 chosen everywhere: grafts are of one size whichever expert is copied."""
-        several = () if self.num_grafts == 1 else (self.num_grafts,)
-        chosen = torch.zeros(len(self.grafted_layers(parts)), *several, dtype=torch.int64)
-        return Kept(beside={CHOSEN: chosen})
+    @property
+    def _has_gates(self) -> bool:
+        return self.shared_graft or (self.num_grafts > 0 and self.placement == "beside")
 
-    def install(self, client: Client, kept: Kept, sent: Sent) -> Kept:
-        """Load the averaged LoRA and graft the client's own experts, chosen now if the client is new."""
-        parts = client.parts
-        chosen = kept.beside[CHOSEN] if kept else self.choose(client)
-        names = grafting.graft(self.grafted_layers(parts), chosen.tolist(), self.graft, client.seed)
-        seam.load_tensors(parts.model, {**sent.tensors, **kept.parameters})
-        own = seam.current(parts.model, names)
-        return Kept(parameters=own, beside={CHOSEN: chosen}, optimizer=kept.optimizer)
+    # The choice of experts
 
-    def choose(self, client: Client) -> Tensor:
-        """Choose by eq. 4 on the pretrained model: LoRA is at its start here, whatever has been averaged."""
-        choices = choose_subsets(
+    def choose(self, client: Client) -> Choice:
+        """Choose on the pretrained model: LoRA is at its start here, whatever has been averaged."""
+        return choose_experts(
+            self.selection,
             client.parts.model,
             self.grafted_layers(client.parts),
-            client.calibration_batches(self.calibration_examples),
+            lambda: self._calibration_batches(client),
             self.num_grafts,
-            seed=client.derive_seed("calibration"),
+            seed=derive_seed(client.seed, "calibration", client.client_id),
         )
-        chosen = torch.tensor([choice.experts for choice in choices])
-        return chosen.squeeze(1) if self.num_grafts == 1 else chosen
+
+    def _calibration_batches(self, client: Client) -> Sequence[Batch]:
+        return client.calibration_batches(
+            self.calibration_examples,
+            is_majority_label=self.calibration == "majority_label",
+            text_file=self.calibration_file,
+        )
+
+    def _choice(self, client: Client, kept: Kept) -> Choice:
+        """Return the private experts of each layer, chosen now if the client is new."""
+        if not self.num_grafts:
+            return [() for _ in self.grafted_layers(client.parts)]
+        if not kept:
+            return self.choose(client)
+        return [tuple(experts) for experts in kept.beside[CHOSEN].reshape(-1, self.num_grafts).tolist()]
+
+    def _shared_choice(self, parts: ModelParts) -> Choice:
+        """Return the expert of each layer that the shared graft copies: the same for all (reading 10)."""
+        return draw_experts(self.grafted_layers(parts), 1, derive_seed(parts.seed, "shared_graft"))
+
+    def _beside(self, parts: ModelParts, choice: Choice) -> Tensors:
+        """Return the choices as they are kept."""
+        beside = {}
+        if self.num_grafts:
+            chosen = torch.tensor(choice)
+            beside[CHOSEN] = chosen.squeeze(1) if self.num_grafts == 1 else chosen
+        if self.shared_graft:
+            beside[SHARED] = torch.tensor(self._shared_choice(parts)).squeeze(1)
+        return beside
+
+    # The client's half
+
+    def blank(self, parts: ModelParts) -> Kept:
+        """Return the first experts chosen everywhere: grafts are of one size whichever expert is copied."""
+        choice = [tuple(range(self.num_grafts)) for _ in self.grafted_layers(parts)]
+        return Kept(beside=self._beside(parts, choice))
+
+    def prepare(self, parts: ModelParts) -> None:
+        """Add the shared graft alone, as the server has it."""
+        if self.shared_graft:
+            layers = self.grafted_layers(parts)
+            grafting.graft(layers, self._shared_choice(parts), self.graft, parts.seed)
+
+    def _add_experts(self, parts: ModelParts, choice: Choice, seed: int) -> None:
+        """Graft the shared and the private experts, or adapt the private ones in place."""
+        layers = self.grafted_layers(parts)
+        if self.placement == "in_place":
+            rank, alpha = self.graft.lora_rank, self.graft.lora_alpha
+            adapt_in_place(layers, choice, lora_rank=rank, lora_alpha=alpha, seed=seed)
+        elif self.shared_graft:
+            both = [first + own for first, own in zip(self._shared_choice(parts), choice, strict=True)]
+            grafting.graft(layers, both, self.graft, seed)
+        elif self.num_grafts:
+            one_or_several = [own[0] if self.num_grafts == 1 else own for own in choice]
+            grafting.graft(layers, one_or_several, self.graft, seed)
+
+    def install(self, client: Client, kept: Kept, sent: Sent) -> Kept:
+        """Add the client's own experts, chosen now if the client is new, and load what travelled."""
+        parts = client.parts
+        choice = self._choice(client, kept)
+        self._add_experts(parts, choice, client.seed)
+        seam.load_tensors(parts.model, {**sent.tensors, **kept.parameters})
+        own = seam.current(parts.model, self.personal_names(parts))
+        return Kept(parameters=own, beside=self._beside(parts, choice), optimizer=kept.optimizer)
 
     def client_update(self, client: Client, kept: Kept, sent: Sent) -> tuple[Upload, Kept]:
-        """Train LoRA, graft and gate together; send LoRA, keep the rest."""
+        """Train LoRA, grafts and gates together; send what is shared, keep the rest."""
         kept = self.install(client, kept, sent)
-        meter = GateMeter()
-        with seam.watch_experts(self.grafted_layers(client.parts), meter.see):
+        meter, watched = GateMeter(), self.grafted_layers(client.parts) if self._has_gates else ()
+        with seam.watch_experts(watched, meter.see):
             result = client.train(self.trained(client.parts, sent), optimizer_state=kept.optimizer)
-        tables = {GATE_MEAN: torch.tensor([mean for _, mean in sorted(meter.means().items())])}
+        means = torch.tensor([mean for _, mean in sorted(meter.means().items())])
+        tables = {GATE_MEAN: means} if self._has_gates else {}
         upload = upload_of(client, self.shared_names(client.parts), sent, result, tables=tables)
         return upload, self.keep(client, kept, result)
 
     def describe(self, kept: Kept) -> Tensors:
-        """Return the copied expert of each layer."""
-        return {CHOSEN: kept.beside[CHOSEN]} if kept else {}
+        """Return the copied experts of each layer."""
+        return kept.beside

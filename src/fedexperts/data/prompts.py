@@ -105,6 +105,18 @@ class PromptFormat:
         responses = self._tokenize([example.response for example in examples], split_special_tokens=True)
         return [self._join(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
+    def encode_texts(self, texts: Sequence[str]) -> list[Encoded]:
+        """Plain texts without prompt or EOS, cut at ``max_tokens`` from the end."""
+        everyone = [self._leading_ids + ids for ids in self._tokenize(list(texts), split_special_tokens=True)]
+        return [
+            Encoded(
+                input_ids=tuple(ids[: self.max_tokens]),
+                prompt_length=0,
+                is_truncated=len(ids) > self.max_tokens,
+            )
+            for ids in everyone
+        ]
+
     def _join(self, prompt: list[int], response: list[int]) -> Encoded:
         ids = [*prompt, *response, self.eos_token_id]
         return Encoded(

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Literal
 
 from fedexperts.algorithms.api import Algorithm, Client, ClientFacts, Kept, ModelParts
@@ -13,6 +14,7 @@ from fedexperts.data.federated import FederatedData
 from fedexperts.data.prompts import Encoded, PromptFormat
 from fedexperts.errors import UserError
 from fedexperts.evaluation.settings import EvaluationSettings
+from fedexperts.federation.calibration import first_texts, of_majority_label
 from fedexperts.federation.personal import PersonalStore
 from fedexperts.messages import Download, Sent, Upload
 from fedexperts.moe.surgery.undo import UndoStack, undone
@@ -170,7 +172,7 @@ class ClientRuntime:
             training=self.settings.training,
             num_train=num_train,
             draw_batches=lambda: self._draw(client_id, round_number),
-            calibration_batches=lambda largest: self._calibration(client_id, largest),
+            calibration_batches=partial(self._calibration, client_id),
             on_step=self.watcher.step_done,
         )
 
@@ -183,9 +185,25 @@ class ClientRuntime:
             pad_token_id=self.format.pad_token_id,
         )
 
-    def _calibration(self, client_id: str, largest: int) -> list[Batch]:
-        encoded = self.encoded(client_id)[0]
-        rng = derive_random(self.settings.seed, "calibration", client_id)
-        drawn = rng.sample(encoded, min(largest, len(encoded)))
+    def _calibration(
+        self, client_id: str, largest: int, *, is_majority_label: bool = False, text_file: str = ""
+    ) -> list[Batch]:
+        """See :class:`fedexperts.algorithms.api.CalibrationBatches`."""
+        if text_file:
+            drawn = first_texts(self.format, Path(text_file).expanduser(), largest)
+        else:
+            encoded = self._encoded_majority(client_id) if is_majority_label else self.encoded(client_id)[0]
+            rng = derive_random(self.settings.seed, "calibration", client_id)
+            drawn = rng.sample(encoded, min(largest, len(encoded)))
         size = self.settings.training.batch_size
         return list(sequential_batches(drawn, batch_size=size, pad_token_id=self.format.pad_token_id))
+
+    def _encoded_majority(self, client_id: str) -> list[Encoded]:
+        examples = of_majority_label(self.data.examples(client_id, "train"))
+        encoded, _ = encode_all(self.format, examples)
+        if not encoded:
+            raise UserError(
+                f"client {client_id}: no training example of its most frequent label, {examples[0].label!r}, "
+                "has a response within data.max_tokens"
+            )
+        return encoded

@@ -5,7 +5,7 @@ the undo stack which parameters were written or trained.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fedexperts.algorithms.api import ModelParts
 from fedexperts.errors import UserError
 from fedexperts.models.adapters import adapter_names, add_adapter, lora_parameters
 from fedexperts.moe.surgery import seam
-from fedexperts.moe.surgery.graft import GraftForm, graft, graft_names, grafts_of
+from fedexperts.moe.surgery.graft import GraftedExperts, GraftForm, graft, graft_names, grafts_of
 from fedexperts.moe.surgery.seam import MoeLayer
 from fedexperts.moe.surgery.slots import full_weights
 from fedexperts.run_directory import write_atomically
@@ -31,7 +31,7 @@ class Snapshot:
     tensors: Tensors
     """LoRA, parameters and experts by name, and those of grafts."""
     grafts: tuple[Mapping[str, Any], ...] = ()
-    """For each grafted layer: ``layer``, the copied ``experts``, and the ``form``."""
+    """For each grafted layer: ``layer``, the copied ``experts`` (one, or a list), and the ``form``."""
     adapters: tuple[str, ...] = field(default=())
     """Names of LoRA adapters beside the first."""
 
@@ -43,7 +43,8 @@ class Snapshot:
 def take_snapshot(parts: ModelParts, written: Iterable[str]) -> Snapshot:
     """Return what the model in place differs in; ``written`` names what was written or trained.
 
-    A layer with slots gives every expert what runs for it, so that members of a merged group are copies.
+    A layer with slots gives every expert that was changed what runs for it, so that members of a merged group
+    are copies; pretrained experts that were only kept are left out.
     """
     model, layers = parts.model, parts.layers
     with_slots = [layer for layer in layers if seam.slots_of(layer) is not None]
@@ -56,18 +57,27 @@ def take_snapshot(parts: ModelParts, written: Iterable[str]) -> Snapshot:
         model, [name for name in names if not name.startswith(inside) or ".graft." in name]
     )
     for layer in with_slots:
-        for name, weight in full_weights(layer).items():
-            tensors |= {
-                seam.expert_name(layer, e, name): one.contiguous() for e, one in enumerate(weight.cpu())
-            }
+        tensors |= _changed_experts(layer, names)
     return Snapshot(tensors=tensors, grafts=tuple(_grafts(layers)), adapters=adapters[1:])
+
+
+def _changed_experts(layer: MoeLayer, written: Collection[str]) -> Tensors:
+    slots = seam.slots_of(layer)
+    pretrained = slots.plan.kept if slots.frozen is None else ()
+    return {
+        name: weight[expert].cpu().contiguous()
+        for parameter, weight in full_weights(layer).items()
+        for expert in range(layer.num_experts)
+        if (name := seam.expert_name(layer, expert, parameter)) in written or expert not in pretrained
+    }
 
 
 def _grafts(layers: Sequence[MoeLayer]) -> Iterator[dict[str, Any]]:
     for layer in layers:
         grafts = grafts_of(layer)
         if grafts:
-            experts = [one.expert for one in grafts]
+            is_list = isinstance(seam.addition_of(layer), GraftedExperts)
+            experts = [one.expert for one in grafts] if is_list else grafts[0].expert
             yield {"layer": layer.index, "experts": experts, "form": asdict(grafts[0].form)}
 
 
@@ -82,8 +92,7 @@ def install_snapshot(parts: ModelParts, snapshot: Snapshot) -> None:
     for one in snapshot.grafts:
         if not 0 <= one["layer"] < len(parts.layers):
             raise UserError(f"the snapshot has a graft in MoE layer {one['layer']}, which the model lacks")
-        experts = one["experts"][0] if len(one["experts"]) == 1 else one["experts"]
-        graft([parts.layers[one["layer"]]], [experts], GraftForm(**one["form"]), 0)
+        graft([parts.layers[one["layer"]]], [one["experts"]], GraftForm(**one["form"]), 0)
     seam.load_tensors(parts.model, snapshot.tensors)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from fedexperts.moe.surgery import seam
+from fedexperts.moe.surgery.expert_lora import FrozenExperts
 
 GROUPS = (
     "embeddings",
@@ -71,9 +72,15 @@ def parameter_groups(model: Any) -> dict[str, str]:
 
 
 def count_parameters(model: Any) -> dict[str, int]:
-    """Count the parameters of each of :data:`GROUPS`, including groups that the model does not have."""
+    """Count the parameters of each of :data:`GROUPS`, including groups that the model does not have.
+
+    Frozen experts under LoRA are buffers and count as routed experts too.
+    """
     groups = parameter_groups(model)
     counts = dict.fromkeys(GROUPS, 0)
     for name, parameter in model.named_parameters():
         counts[groups[name]] += parameter.numel()
+    for module in model.modules():
+        if isinstance(module, FrozenExperts):
+            counts["routed_experts"] += sum(buffer.numel() for buffer in module.buffers())
     return counts

@@ -207,10 +207,14 @@ class Counter:
 
     @cached_property
     def rows_activations(self) -> int:
-        """Activations where experts run from few bits, one at a time, instead of in one product."""
+        """Activations where experts run from few bits, one at a time, instead of in one product.
+
+        Experts that the method itself has put into slots run one at a time already.
+        """
         one = self._install()
         for layer in one.parts.layers:
-            _into_few_slots(layer, num_tuned=0)
+            if seam.slots_of(layer) is None:
+                _into_few_slots(layer, num_tuned=0)
         return self._memory_of(one).activations
 
     def tuned_activations(self, num_tuned: int) -> int:
@@ -266,7 +270,7 @@ def _planned_client(parts: ModelParts, settings: PlanSettings) -> Client:
         training=settings.training,
         num_train=1,
         draw_batches=list,
-        calibration_batches=lambda largest: [],
+        calibration_batches=lambda largest, **_: [],
     )
 
 

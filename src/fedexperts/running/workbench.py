@@ -70,6 +70,7 @@ def build_parts(config: RunConfig) -> tuple[ModelParts, Any]:
         lora_names=lora_names,
         adapter=config.adapter,
         originals=open_originals(config.model),
+        seed=config.seed,
     )
     return parts, loaded.tokenizer
 
