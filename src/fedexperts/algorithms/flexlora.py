@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from fedexperts.algorithms.api import (
-    Algorithm,
     Client,
-    ClientFacts,
     Kept,
     ModelParts,
     ServerState,
@@ -22,15 +20,13 @@ from fedexperts.algorithms.api import (
 )
 from fedexperts.algorithms.low_rank import (
     RANK,
+    ClientRanks,
     LoraPair,
     best_of_rank,
     cut,
     cut_upload,
     padded,
     pairs_of,
-    rank_of,
-    refuse_ranks,
-    refuse_ranks_above,
 )
 from fedexperts.messages import Expected, Sent, Upload
 from fedexperts.moe.surgery import seam
@@ -38,32 +34,10 @@ from fedexperts.tensors import Tensors, shapes_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlexLora(Algorithm):
+class FlexLora(ClientRanks):
     """Average products of LoRA's matrices and hand out their truncated SVD."""
 
-    ranks: tuple[int, ...] = ()
-    """LoRA rank of each client, cycled over the clients in their order; empty for ``adapter.rank``."""
-    ranks_drawn: bool = False
-    """Draw each client's rank from ``ranks`` by the run's seed, instead of cycling."""
-
-    def __post_init__(self) -> None:
-        """Refuse impossible or idle ranks."""
-        refuse_ranks(self.ranks, drawn=self.ranks_drawn)
-
     # The server's half
-
-    def init(self, parts: ModelParts, clients: Sequence[ClientFacts]) -> ServerState:
-        """Return LoRA at its start.
-
-        Raises:
-            UserError: a rank is above ``adapter.rank``.
-        """
-        refuse_ranks_above(self.ranks, parts)
-        return super().init(parts, clients)
-
-    def rank_of(self, state: ServerState, client_id: str) -> int | None:
-        """Return a client's rank; None for ``adapter.rank``."""
-        return rank_of(self.ranks, state, client_id, drawn=self.ranks_drawn)
 
     def download(self, state: ServerState, client_id: str) -> Sent:
         """Return the leading part of the SVD that the client has room for."""

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from fedexperts.algorithms.api import Client, ClientFacts, ModelParts, ServerState
+from fedexperts.algorithms.api import Client, ModelParts, ServerState
 from fedexperts.algorithms.folding import Folding
 from fedexperts.algorithms.low_rank import (
     RANK,
+    ClientRanks,
     cut,
     padded,
     pairs_of,
-    rank_of,
-    refuse_ranks,
-    refuse_ranks_above,
 )
 from fedexperts.messages import Expected, Sent, Upload
 from fedexperts.models.adapters import lora_start
@@ -28,30 +26,8 @@ from fedexperts.tensors import Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flora(Folding):
+class Flora(ClientRanks, Folding):
     """Stack the clients' LoRA, fold the stack into the frozen weights, and restart."""
-
-    ranks: tuple[int, ...] = ()
-    """LoRA rank of each client, cycled over the clients in their order; empty for ``adapter.rank``."""
-    ranks_drawn: bool = False
-    """Draw each client's rank from ``ranks`` by the run's seed, instead of cycling."""
-
-    def __post_init__(self) -> None:
-        """Refuse impossible or idle ranks."""
-        refuse_ranks(self.ranks, drawn=self.ranks_drawn)
-
-    def init(self, parts: ModelParts, clients: Sequence[ClientFacts]) -> ServerState:
-        """Return nothing folded yet.
-
-        Raises:
-            UserError: a rank is above ``adapter.rank``.
-        """
-        refuse_ranks_above(self.ranks, parts)
-        return super().init(parts, clients)
-
-    def rank_of(self, state: ServerState, client_id: str) -> int | None:
-        """Return a client's rank; None for ``adapter.rank``."""
-        return rank_of(self.ranks, state, client_id, drawn=self.ranks_drawn)
 
     def download(self, state: ServerState, client_id: str) -> Sent:
         """Return the stacks that the client lacks, and its rank."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedexperts.algorithms.api import ModelParts, ServerState
+from fedexperts.algorithms.api import Algorithm, ClientFacts, ModelParts, ServerState
 from fedexperts.errors import UserError
 from fedexperts.messages import Upload
 from fedexperts.seeds import derive_random
@@ -75,33 +75,6 @@ def cut_upload(upload: Upload, rank: int | None) -> Upload:
     return replace(upload, tensors=cut(upload.tensors, rank), measured=measured)
 
 
-def refuse_ranks(ranks: Sequence[int], *, drawn: bool) -> None:
-    """Raise UserError for ranks below 1, and for a draw that leaves no choice."""
-    if any(rank < 1 for rank in ranks):
-        raise UserError(f"ranks must be at least 1, but are {list(ranks)}")
-    if drawn and len(set(ranks)) < 2:
-        raise UserError(f"ranks_drawn has no effect with ranks {list(ranks)}: give two different ones")
-
-
-def refuse_ranks_above(ranks: Sequence[int], parts: ModelParts) -> None:
-    """Raise UserError for a rank that the model's LoRA has no room for."""
-    largest = max(ranks, default=0)
-    if largest > parts.adapter.rank:
-        raise UserError(
-            f"algorithm.ranks has {largest}, but adapter.rank is {parts.adapter.rank}: no client's rank may "
-            "be above it"
-        )
-
-
-def rank_of(ranks: Sequence[int], state: ServerState, client_id: str, *, drawn: bool) -> int | None:
-    """Return a client's rank: the next of ``ranks`` in the order of clients, or drawn; None for all alike."""
-    if not ranks:
-        return None
-    if drawn:
-        return derive_random(state.seed, RANK, client_id).choice(list(ranks))
-    return ranks[state.position(client_id) % len(ranks)]
-
-
 def best_of_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return A and B of the best approximation of B A, (out, k) times (k, in), whose rank is ``rank``.
 
@@ -129,3 +102,44 @@ def cut_or_pad(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return A (``rank``, in) and B (out, ``rank``): the first of what there is, zeros for what is not."""
     a, b = a[:rank], b[:, :rank]
     return _padded(a, torch.Size((rank, a.shape[1]))), _padded(b, torch.Size((b.shape[0], rank)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientRanks(Algorithm):
+    """An algorithm whose clients have LoRA ranks of their own."""
+
+    ranks: tuple[int, ...] = ()
+    """LoRA rank of each client, cycled over the clients in their order; empty for ``adapter.rank``."""
+    ranks_drawn: bool = False
+    """Draw each client's rank from ``ranks`` by the run's seed, instead of cycling."""
+
+    def __post_init__(self) -> None:
+        """Refuse ranks below 1, and a draw that leaves no choice."""
+        if any(rank < 1 for rank in self.ranks):
+            raise UserError(f"ranks must be at least 1, but are {list(self.ranks)}")
+        if self.ranks_drawn and len(set(self.ranks)) < 2:
+            raise UserError(
+                f"ranks_drawn has no effect with ranks {list(self.ranks)}: give two different ones"
+            )
+
+    def init(self, parts: ModelParts, clients: Sequence[ClientFacts]) -> ServerState:
+        """Return the state before the first round.
+
+        Raises:
+            UserError: a rank is above ``adapter.rank``, so the model's LoRA has no room for it.
+        """
+        largest = max(self.ranks, default=0)
+        if largest > parts.adapter.rank:
+            raise UserError(
+                f"algorithm.ranks has {largest}, but adapter.rank is {parts.adapter.rank}: no client's rank "
+                "may be above it"
+            )
+        return super().init(parts, clients)
+
+    def rank_of(self, state: ServerState, client_id: str) -> int | None:
+        """Return a client's rank: the next in the order of clients, or drawn; None for ``adapter.rank``."""
+        if not self.ranks:
+            return None
+        if self.ranks_drawn:
+            return derive_random(state.seed, RANK, client_id).choice(list(self.ranks))
+        return self.ranks[state.position(client_id) % len(self.ranks)]
