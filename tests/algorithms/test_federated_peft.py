@@ -287,15 +287,18 @@ def test_a_smaller_rank_stays_zero_beyond_it_and_sends_no_more(cls, parts):
 
 @pytest.mark.parametrize("method", ["flexlora", "flora"])
 def test_bytes_of_clients_of_different_ranks_are_predicted(method, make_config, tmp_path, quiet):
-    """The cap on an upload's change is on too: it is measured from what this client was sent."""
-    ranks = ("algorithm.ranks=[1, 2, 2]", "cohort.max_change_norm=1000.0")
+    """The cap on an upload's change is on too: it is measured from what this client was sent.
+
+    Ranks 2 and 3 do not broadcast against each other, as 1 would.
+    """
+    ranks = ("adapter.rank=3", "algorithm.ranks=[2, 3, 3]", "cohort.max_change_norm=1000.0")
     result = run_experiment(make_config(method, *ranks), tmp_path / "run", progress=quiet)
     lines = read_lines(tmp_path / "run" / "clients.jsonl")
     assert not result["failures"]
     assert result["frozen_unchanged"]
     assert all(line["upload_bytes"] == line["upload_predicted"] for line in lines)
     assert all(line["download_bytes"] == line["download_predicted"] for line in lines)
-    assert [line["algorithm"]["rank"] for line in lines] == [1, 2, 2] * 2
+    assert [line["algorithm"]["rank"] for line in lines] == [2, 3, 3] * 2
     assert lines[0]["upload_bytes"] < lines[1]["upload_bytes"] == lines[2]["upload_bytes"]
 
 
