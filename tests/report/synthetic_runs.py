@@ -6,6 +6,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from fedexperts.run_directory import SCHEMA_VERSION
+
 LABELS = (
     "closed_qa",
     "information_extraction",
@@ -65,7 +67,7 @@ def make_result(
         "aggregate": UPLOADS[method] / 2e7,
     }
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "status": "finished",
         "name": f"{method}-seed{seed}",
         "method": method,
