@@ -9,6 +9,7 @@ from mutation import NOTICED, can_be_noticed, mutants_of, plain_functions, run
 TESTS = (
     "tests/data/test_partition.py",
     "tests/data/test_batches.py",
+    "tests/evaluation/test_load_exam.py",
     "tests/evaluation/test_loss.py",
     "tests/evaluation/test_multiple_choice.py",
     "tests/evaluation/test_routing.py",
@@ -79,6 +80,7 @@ SAMPLE = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_fixed_sample_of_changes_is_noticed(tmp_path):
     drawn = []
     for path, changes in SAMPLE.items():

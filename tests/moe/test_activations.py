@@ -26,7 +26,8 @@ def tensors_of(layer: LayerActivations) -> dict[str, Tensor]:
 
 
 def assert_equal(one: Activations, other: Activations) -> None:
-    assert one.batch_sizes == other.batch_sizes
+    for name in ("layer_indices", "batch_sizes", "num_tokens_seen", "num_bytes"):
+        assert getattr(one, name) == getattr(other, name), name
     for index in one.layer_indices:
         first, second = tensors_of(one.layer(index)), tensors_of(other.layer(index))
         assert first.keys() == second.keys()

@@ -148,10 +148,12 @@ def test_output_vectors_are_mean_outputs(seated: Seated):
     torch.testing.assert_close(found[1], expected)
 
 
-@pytest.mark.parametrize("num_groups", [1, 2, 4, 7])
-def test_average_linkage_is_scikit_learns_by_brute_force(num_groups):
-    vectors = normal(7, 3).double()
-    groups = [{index} for index in range(7)]
+@pytest.mark.parametrize(
+    ("number", "num_groups", "seed"), [(7, 1, 0), (7, 4, 0), (7, 7, 0), (24, 3, 1), (24, 4, 2)]
+)
+def test_average_linkage_is_scikit_learns_by_brute_force(number, num_groups, seed):
+    vectors = normal(number, 3, seed=seed).double()
+    groups = [{index} for index in range(number)]
     while len(groups) > num_groups:
         pairs = [(a, b) for a in range(len(groups)) for b in range(a + 1, len(groups))]
 
@@ -162,7 +164,7 @@ def test_average_linkage_is_scikit_learns_by_brute_force(num_groups):
         first, second = min(pairs, key=mean_distance)
         groups[first] |= groups.pop(second)
     truth = torch.tensor(
-        [next(g for g, members in enumerate(groups) if index in members) for index in range(7)]
+        [next(g for g, members in enumerate(groups) if index in members) for index in range(number)]
     )
     assert same_partition(average_linkage(vectors, num_groups), truth)
 

@@ -96,6 +96,18 @@ def test_the_update_is_scale_times_b_times_a(qwen: Seated) -> None:
     remove_expert_lora(layer)
 
 
+def test_start_depends_on_the_seed_alone(qwen: Seated) -> None:
+    layer, starts, before = qwen.layers[0], [], torch.get_rng_state()
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(starts))
+        add_expert_lora(layer, FORM, seed)
+        starts.append(seam.slots_of(layer).tuned.lora_A["1"]["down_proj"].detach().clone())
+        remove_expert_lora(layer)
+    torch.set_rng_state(before)
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
 @pytest.mark.parametrize(
     ("ranks", "sentence"),
     [({}, "ranks names no expert"), ({2: 0}, "rank 0 of expert 2 must be at least 1")],
@@ -103,6 +115,7 @@ def test_the_update_is_scale_times_b_times_a(qwen: Seated) -> None:
 def test_a_form_that_means_nothing_is_refused(ranks: dict[int, int], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         ExpertLoraForm(ranks=ranks)
+    ExpertLoraForm(ranks={2: 1})
 
 
 def test_an_expert_that_is_not_there_is_refused_and_nothing_changes(qwen: Seated) -> None:

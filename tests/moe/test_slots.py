@@ -2,6 +2,7 @@
 behind."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def gradients(seated: Seated, names: list[str]) -> dict[str, Tensor]:
     return dict(zip(["embedding", *names], found, strict=True))
 
 
-def test_gradients_are_those_of_the_model_whose_experts_were_overwritten(seated: Seated) -> None:
+def assert_gradients_of_overwritten_experts(seated: Seated) -> None:
     reference = overwritten(seated, MIXED)
     fused = [f"{layer.name}.{name}" for layer in reference.layers for name in layer.parameter_names()]
     routers = [name for name, _ in reference.model.named_parameters() if name.endswith(("gate.weight",))]
@@ -136,6 +137,22 @@ def test_gradients_are_those_of_the_model_whose_experts_were_overwritten(seated:
         torch.testing.assert_close(found[name], wanted[name], rtol=2e-3, atol=1e-5)
     for ours, theirs in zip(tuned, fused, strict=True):
         torch.testing.assert_close(found[ours], wanted[theirs][list(MIXED.tuned)], rtol=2e-3, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_model_whose_experts_were_overwritten(seated: Seated) -> None:
+    assert_gradients_of_overwritten_experts(seated)
+
+
+def test_a_norm_after_each_expert_is_in_the_gradients(qwen: Seated) -> None:
+    """transformers knows such experts (muse_spark); none of the supported families has them."""
+    model = copy.deepcopy(qwen.model)
+    for layer in seam.find_moe_layers(model):
+        norm = torch.nn.RMSNorm(32).requires_grad_(False)
+        norm.weight.data = torch.linspace(0.5, 1.5, 32)
+        layer.experts.post_expert_norm, layer.experts.has_post_expert_norm = norm, True
+    with_norms = dataclasses.replace(qwen, model=model, layers=seam.find_moe_layers(model))
+    assert not torch.equal(with_norms.logits(), qwen.stock_logits)
+    assert_gradients_of_overwritten_experts(with_norms)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(seated: Seated) -> None:
