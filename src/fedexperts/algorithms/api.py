@@ -223,6 +223,10 @@ class Algorithm:
         """Return what :meth:`install` can start from without a look at data: to predict sizes."""
         return Kept()
 
+    def server_view(self, kept: Kept, sent: Sent) -> Sent:
+        """Return what the server's model is made of, as a client that keeps ``kept`` knows it."""
+        return sent
+
     def install_shared(self, parts: ModelParts, sent: Sent) -> None:
         """Put what travelled into the model."""
         seam.load_tensors(parts.model, sent.tensors)

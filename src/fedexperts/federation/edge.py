@@ -54,7 +54,7 @@ def refusal(upload: Upload, expected: Expected, before: Mapping[str, Tensor], co
     Args:
         upload: as it came.
         expected: names, shapes and dtypes that this client must send in this round.
-        before: the server's tensors, from which the upload's change is measured.
+        before: the server's tensors as the client has them, from which the upload's change is measured.
         cohort: has the cap on that change.
     """
     if upload.failure:

@@ -113,7 +113,8 @@ class Federation:
         for delivery in self.transport.exchange(downloads):
             upload, client_id = delivery.upload, delivery.client_id
             expected = self.algorithm.expected(self.parts, planned, client_id)
-            reason = refusal(upload, expected, planned.tensors, self.cohort)
+            came = {**planned.tensors, **self.algorithm.download(planned, client_id).tensors}
+            reason = refusal(upload, expected, came, self.cohort)
             if reason:
                 self._fail(record, [client_id], reason)
             else:

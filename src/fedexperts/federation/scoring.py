@@ -100,7 +100,7 @@ class Scorer:
         kept = runtime.store.load(client_id, download.kept_round)
         beside: Tensors = {HASH: _bytes_of(kept_sha256(kept))}
         if fully:
-            with self.shared_model(download.sent):
+            with self.shared_model(runtime.algorithm.server_view(kept, download.sent)):
                 beside["routing_global"] = self._routing(client_id)
         with runtime.turn(client_id, download.round_number, "evaluate") as turn:
             installed = runtime.algorithm.install(turn.client, kept, download.sent)
