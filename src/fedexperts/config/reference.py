@@ -100,7 +100,11 @@ def field_sentences(cls: type) -> dict[str, str]:
     """The string under each field of a dataclass, inherited ones too, as one line with single backquotes."""
     sentences = {}
     for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        try:
+            source = inspect.getsource(base)
+        except OSError:
+            continue  # a preset is made of another class, whose sentences hold for it
+        body = ast.parse(textwrap.dedent(source)).body[0]
         assert isinstance(body, ast.ClassDef)
         for statement, after in itertools.pairwise(body.body):
             match statement, after:
