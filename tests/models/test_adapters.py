@@ -14,6 +14,8 @@ from families import each_family
 from fedexperts.errors import UserError
 from fedexperts.models.adapters import (
     AdapterSettings,
+    adapter_scales,
+    add_adapter,
     add_lora,
     find_targets,
     load_adapter,
@@ -21,12 +23,14 @@ from fedexperts.models.adapters import (
     peft_state,
     remove_lora,
     save_adapter,
+    scale_adapters,
 )
 from fedexperts.models.groups import count_parameters, parameter_groups
 from fedexperts.models.tiny import tiny_model
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.graft import GraftForm, graft, grafted
 from fedexperts.moe.surgery.slots import SlotPlan, split_layer
+from fedexperts.moe.surgery.undo import undone
 from fedexperts.tensors import copy_of, sha256_of
 
 TOKENS = torch.arange(3, 35).reshape(2, 16)
@@ -154,6 +158,29 @@ def test_adding_lora_leaves_the_global_generator_as_it_was() -> None:
     model, generator = tiny_model("qwen2_moe"), torch.get_rng_state()
     add_lora(model, AdapterSettings(), 0)
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_new_lora_is_in_the_models_own_mode(is_training: bool) -> None:
+    """PEFT's dropout starts in training mode, and would spoil what a loaded model generates."""
+    model = tiny_model("qwen2_moe").train(is_training)
+    settings = AdapterSettings(rank=2, dropout=0.5)
+    add_lora(model, settings, 0)
+    add_adapter(model, settings, 0, "own")
+    assert {module.training for module in model.modules()} == {is_training}
+
+
+def test_other_scales_multiply_the_outputs_of_adapters_and_are_undone() -> None:
+    model, names = adapted()
+    whole, scales = logits_of(model), adapter_scales(model)
+    with undone(model, seam.find_moe_layers(model)):
+        scale_adapters(model, {"default": scales["default"] / 2})
+        halved = logits_of(model)
+    assert adapter_scales(model) == scales == {"default": 4.0}
+    assert torch.equal(logits_of(model), whole)
+    halves = {name: tensor / 2 for name, tensor in seam.current(model, names).items() if ".lora_B." in name}
+    seam.load_tensors(model, halves)
+    assert torch.equal(logits_of(model), halved), "halving is exact"
 
 
 def test_lora_is_float32_on_a_bfloat16_model() -> None:

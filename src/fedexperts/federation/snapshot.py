@@ -15,7 +15,13 @@ from safetensors.torch import save as save_safetensors
 
 from fedexperts.algorithms.api import ModelParts
 from fedexperts.errors import UserError
-from fedexperts.models.adapters import adapter_names, add_adapter, lora_parameters
+from fedexperts.models.adapters import (
+    adapter_names,
+    adapter_scales,
+    add_adapter,
+    lora_parameters,
+    scale_adapters,
+)
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.graft import GraftedExperts, GraftForm, graft, graft_names, grafts_of
 from fedexperts.moe.surgery.seam import MoeLayer
@@ -34,10 +40,12 @@ class Snapshot:
     """For each grafted layer: ``layer``, the copied ``experts`` (one, or a list), and the ``form``."""
     adapters: tuple[str, ...] = field(default=())
     """Names of LoRA adapters beside the first."""
+    scales: Mapping[str, float] = field(default_factory=dict)
+    """Factor of each adapter's output by name, the first included."""
 
     def notes(self) -> dict[str, Any]:
         """Return the plain data, for JSON."""
-        return {"grafts": list(self.grafts), "adapters": list(self.adapters)}
+        return {"grafts": list(self.grafts), "adapters": list(self.adapters), "scales": dict(self.scales)}
 
 
 def take_snapshot(parts: ModelParts, written: Iterable[str]) -> Snapshot:
@@ -58,7 +66,12 @@ def take_snapshot(parts: ModelParts, written: Iterable[str]) -> Snapshot:
     )
     for layer in with_slots:
         tensors |= _changed_experts(layer, names)
-    return Snapshot(tensors=tensors, grafts=tuple(_grafts(layers)), adapters=adapters[1:])
+    return Snapshot(
+        tensors=tensors,
+        grafts=tuple(_grafts(layers)),
+        adapters=adapters[1:],
+        scales=adapter_scales(model),
+    )
 
 
 def _changed_experts(layer: MoeLayer, written: Collection[str]) -> Tensors:
@@ -89,6 +102,7 @@ def install_snapshot(parts: ModelParts, snapshot: Snapshot) -> None:
     """
     for name in snapshot.adapters:
         add_adapter(parts.model, parts.adapter, 0, name)
+    scale_adapters(parts.model, snapshot.scales)
     for one in snapshot.grafts:
         if not 0 <= one["layer"] < len(parts.layers):
             raise UserError(f"the snapshot has a graft in MoE layer {one['layer']}, which the model lacks")
@@ -112,7 +126,8 @@ def read_snapshot(path: Path) -> Snapshot:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             notes = json.loads(file.metadata()[_NOTES])
-        return Snapshot(tensors=tensors, grafts=tuple(notes["grafts"]), adapters=tuple(notes["adapters"]))
+        grafts, adapters = tuple(notes["grafts"]), tuple(notes["adapters"])
+        return Snapshot(tensors=tensors, grafts=grafts, adapters=adapters, scales=notes["scales"])
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"model in {path} cannot be read: {error}") from None
 

@@ -7,8 +7,9 @@ PEFT wraps the chosen linear modules in place, so a parameter is called, for exa
 :func:`remove_lora`, or save LoRA in a folder of its own with :func:`save_adapter`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -76,6 +77,7 @@ def add_lora(model: nn.Module, settings: AdapterSettings, seed: int) -> tuple[st
     own = _trained_beside_experts(model)
     with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(lora_config(settings, [f"model.{name}" for name in targets]), holder)
+    model.train(model.training)  # PEFT leaves its dropout in training mode
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in parameters.items():
         parameter.data = lora_start(name, parameter, seed).to(parameter.device)
@@ -115,6 +117,7 @@ def add_adapter(model: nn.Module, settings: AdapterSettings, seed: int, name: st
     with torch.random.fork_rng(devices=[]):
         targets = [f"model.{path}" for path in layers]
         inject_adapter_in_model(lora_config(settings, targets), holder, adapter_name=name)
+    model.train(model.training)
     for module in layers.values():
         module.set_adapter([*(one for one in _adapters_on(module) if one != name), name])
     push_undo(lambda: _remove_adapter(layers.values(), name))
@@ -143,8 +146,24 @@ def _adapters_on(module: LoraLayer) -> tuple[str, ...]:
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the LoRA adapters that are on, the first first; none without LoRA."""
-    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
-    return next((_adapters_on(module) for module in layers), ())
+    return next((_adapters_on(module) for module in _lora_layers(model)), ())
+
+
+def _lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
+    return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def adapter_scales(model: nn.Module) -> dict[str, float]:
+    """Return by name the factor of each adapter's output, which is alpha / rank unless it was changed."""
+    return next((dict(module.scaling) for module in _lora_layers(model)), {})
+
+
+def scale_adapters(model: nn.Module, scales: Mapping[str, float]) -> None:
+    """Multiply the outputs of adapters by other factors; inside a client's turn it is undone at the end."""
+    for module in _lora_layers(model):
+        before = {name: module.scaling[name] for name in scales}
+        push_undo(partial(module.scaling.update, before))
+        module.scaling.update(scales)
 
 
 def lora_parameters(model: nn.Module) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from fedexperts.moe.surgery.undo import undone
 from fedexperts.run_directory import RunDirectory, read_json, write_json
 from fedexperts.running.workbench import Workbench, open_workbench, personal_store
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of an exported folder."""
 
 When = Literal["before", "after"]
@@ -216,6 +216,11 @@ def load_personalised(directory: str | Path) -> PersonalisedModel:
     parts = ModelParts(model=loaded.model, layers=loaded.layers, lora_names=lora_names, adapter=adapter)
     rest = directory / "experts.safetensors"
     tensors = load_adapter(directory / "adapter") | (read_tensors(rest) if rest.exists() else {})
-    snapshot = Snapshot(tensors=tensors, grafts=tuple(record["grafts"]), adapters=tuple(record["adapters"]))
+    snapshot = Snapshot(
+        tensors=tensors,
+        grafts=tuple(record["grafts"]),
+        adapters=tuple(record["adapters"]),
+        scales=record["scales"],
+    )
     install_snapshot(parts, snapshot)
     return PersonalisedModel(model=parts.model, tokenizer=loaded.tokenizer)

@@ -1,0 +1,130 @@
+"""FedDPA: Yang, Long, Shen, Jiang, Blumenstein, "Dual-Personalizing Adapter for Federated Foundation Models",
+NeurIPS 2024, arXiv 2403.19211.
+
+Each client has two LoRA adapters on the same modules: a global one, averaged as in FedAvg, and a local one
+that stays. FedDPA-F trains the local one after the federation, from the global one; FedDPA-T trains it in
+every round beside the frozen global one. Their outputs are mixed with a fixed weight. ``reading N`` points to
+docs/algorithms/feddpa.md, which says what is left out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from fedexperts.algorithms.api import Client, Kept, ModelParts, ServerState, TrainedGroup, upload_of
+from fedexperts.algorithms.fedavg_finetune import ALONE, FedAvgFinetune
+from fedexperts.errors import UserError
+from fedexperts.messages import Sent, Upload
+from fedexperts.models.adapters import add_adapter, scale_adapters
+from fedexperts.moe.surgery import seam
+from fedexperts.tensors import Tensors
+
+GLOBAL, LOCAL = "default", "own"
+"""Names of the two adapters in the model; those of their parameters differ in nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedDPA(FedAvgFinetune):
+    """An averaged adapter and a personal one, mixed."""
+
+    variant: Literal["F", "T"]
+    """``F``: FedAvg first, then the local adapter is fine-tuned from the averaged one. ``T``: both in every
+    round."""
+    federated_rounds: int = 0
+    """Rounds before the local adapter starts; for ``F`` only."""
+    mix: float = 0.5
+    """Weight of the local adapter's output, the paper's alpha; the global one's is 1 - alpha (reading 1)."""
+
+    def __post_init__(self) -> None:
+        """Refuse a weight outside 0 to 1, and rounds that do not fit the variant."""
+        super().__post_init__()
+        if not 0 < self.mix <= 1:
+            raise UserError(f"mix must be above 0 and at most 1, not {self.mix}")
+        if (self.variant == "F") is not bool(self.federated_rounds):
+            problem = "at least 1 with" if self.variant == "F" else "0, as it has no effect, with"
+            raise UserError(
+                f'federated_rounds must be {problem} variant "{self.variant}", not {self.federated_rounds}'
+            )
+
+    def is_alone(self, state: ServerState) -> bool:
+        """Return whether the federation is over, which it never is for ``T``."""
+        return self.variant == "F" and super().is_alone(state)
+
+    def personal_names(self, parts: ModelParts) -> tuple[str, ...]:
+        """Return the local adapter's parameters."""
+        there = {name for name, _ in parts.model.named_parameters()}
+        return tuple(name for name in map(_local, parts.lora_names) if name in there)
+
+    def trained(self, parts: ModelParts, sent: Sent) -> tuple[TrainedGroup, ...]:
+        """Return the global adapter while it is averaged, and the local one where it is there."""
+        shared = () if ALONE in sent.orders else parts.lora_names
+        return (
+            TrainedGroup(names=shared),
+            TrainedGroup(names=self.personal_names(parts), keeps_optimizer=True),
+        )
+
+    def server_view(self, kept: Kept, sent: Sent) -> Sent:
+        """Return the averaged adapter, which a client that trains alone keeps beside its local one."""
+        return Sent(tensors={**kept.beside, **sent.tensors})
+
+    def install(self, client: Client, kept: Kept, sent: Sent) -> Kept:
+        """Load the averaged adapter, and mix the local one in where it has begun."""
+        parts = client.parts
+        if self.variant == "F" and ALONE not in sent.orders:
+            self.install_shared(parts, sent)
+            return kept
+        kept = kept or self.begin(parts, sent)
+        add_adapter(parts.model, parts.adapter, client.seed, LOCAL)
+        seam.load_tensors(parts.model, self.holds(kept, sent))
+        self.weigh(parts, local=self.mix, averaged=1 - self.mix)
+        return kept
+
+    def holds(self, kept: Kept, sent: Sent) -> Mapping[str, Tensor]:
+        """Return both adapters."""
+        return {**self.server_view(kept, sent).tensors, **kept.parameters}
+
+    def begin(self, parts: ModelParts, sent: Sent) -> Kept:
+        """Return the local adapter's start: LoRA's own for ``T`` (reading 2), the average for ``F``."""
+        if self.variant == "T":
+            return Kept(parameters=_renamed(seam.current(parts.model, parts.lora_names)))
+        return Kept(parameters=_renamed(sent.tensors), beside=sent.tensors)
+
+    def client_update(self, client: Client, kept: Kept, sent: Sent) -> tuple[Upload, Kept]:
+        """Train the adapters that this round is for."""
+        if self.variant == "T":
+            return self.train_both(client, kept, sent)
+        return (self.train_local if ALONE in sent.orders else super().client_update)(client, kept, sent)
+
+    def train_both(self, client: Client, kept: Kept, sent: Sent) -> tuple[Upload, Kept]:
+        """Train the global adapter alone, then the local one beside the frozen average (reading 3)."""
+        kept, parts = kept or self.begin(client.parts, sent), client.parts
+        self.install_shared(parts, sent)
+        result = client.train((TrainedGroup(names=parts.lora_names),))
+        upload = upload_of(client, parts.lora_names, sent, result)
+        kept = self.install(client, kept, sent)
+        personal = client.train(self.trained(parts, sent)[1:], optimizer_state=kept.optimizer)
+        upload.measured["personal_loss"] = personal.metrics()["train_loss"]
+        return upload, self.keep(client, kept, personal)
+
+    def train_local(self, client: Client, kept: Kept, sent: Sent) -> tuple[Upload, Kept]:
+        """Fine-tune the local adapter by itself; the global one is mixed in afterwards."""
+        kept = self.install(client, kept, sent)
+        self.weigh(client.parts, local=1, averaged=0)
+        result = client.train(self.trained(client.parts, sent), optimizer_state=kept.optimizer)
+        self.weigh(client.parts, local=self.mix, averaged=1 - self.mix)
+        return upload_of(client, (), sent, result), self.keep(client, kept, result)
+
+    def weigh(self, parts: ModelParts, *, local: float, averaged: float) -> None:
+        """Set the weights of the two adapters' outputs."""
+        scale = parts.adapter.alpha / parts.adapter.rank
+        scale_adapters(parts.model, {GLOBAL: averaged * scale, LOCAL: local * scale})
+
+
+def _local(name: str) -> str:
+    return name.replace(f".{GLOBAL}.", f".{LOCAL}.")
+
+
+def _renamed(tensors: Tensors) -> Tensors:
+    return {_local(name): tensor for name, tensor in tensors.items()}
