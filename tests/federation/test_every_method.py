@@ -23,9 +23,16 @@ SMALL = (
     "evaluation.exam.num_questions=2",
     "evaluation.matrix=false",
 )
-REQUIRED = {"mu": 0.1, "strength": 0.1}
+REQUIRED = {
+    "mu": 0.1,
+    "strength": 0.1,
+    "federated_rounds": 1,
+    "personal_layers": 1,
+    "head_steps": 1,
+    "variant": "T",
+}
 """Values of settings that have no default."""
-NEEDS: dict[str, tuple[str, ...]] = {}
+NEEDS = {"fedrep": ("training.num_local_steps=2",)}
 """Further settings that a method cannot do without."""
 
 
