@@ -155,6 +155,14 @@ def test_a_norm_after_each_expert_is_in_the_gradients(qwen: Seated) -> None:
     assert_gradients_of_overwritten_experts(with_norms)
 
 
+def test_kept_experts_that_train_get_their_gradients_row_by_row(qwen: Seated) -> None:
+    name = f"{qwen.layers[0].name}.down_proj"
+    wanted = gradients(qwen, [name])[name]
+    with Split(qwen.layers, SINGLETONS):
+        found = gradients(qwen, [name])[name]
+    torch.testing.assert_close(found, wanted[[5, 0, 2, 4]], rtol=2e-3, atol=1e-5)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(seated: Seated) -> None:
     with Split(seated.layers, MIXED):
         tuned = [n for n, _ in seated.model.named_parameters() if ".slots.tuned." in n]
