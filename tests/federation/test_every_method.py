@@ -23,7 +23,7 @@ SMALL = (
     "evaluation.exam.num_questions=2",
     "evaluation.matrix=false",
 )
-REQUIRED = {"mu": 0.1, "strength": 0.1}
+REQUIRED = {"experts_per_layer": 2, "mu": 0.1, "strength": 0.1}
 """Values of settings that have no default."""
 NEEDS: dict[str, tuple[str, ...]] = {}
 """Further settings that a method cannot do without."""
