@@ -3,6 +3,7 @@
 import pytest
 
 from fedexperts.algorithms import ALGORITHMS
+from fedexperts.config.build import is_required
 from fedexperts.config.load import (
     build_config,
     config_sha256,
@@ -29,7 +30,8 @@ def test_file_and_overrides_make_one_configuration(experiment):
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_the_resolved_configuration_loads_as_an_equal_one(name, tmp_path):
-    config = build_config({"algorithm": {"name": name}}, "run.toml", ["training.lr=1e-3"])
+    required = {key: 1 for key, item in ALGORITHMS[name].__dataclass_fields__.items() if is_required(item)}
+    config = build_config({"algorithm": {"name": name, **required}}, "run.toml", ["training.lr=1e-3"])
     resolved = tmp_path / "config.toml"
     resolved.write_text(resolved_toml(config))
     again = load_config(resolved)

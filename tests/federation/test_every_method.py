@@ -24,6 +24,7 @@ SMALL = (
     "evaluation.matrix=false",
 )
 REQUIRED = {
+    "experts_per_layer": 2,
     "mu": 0.1,
     "strength": 0.1,
     "federated_rounds": 1,

@@ -20,6 +20,7 @@ def identity(position, num_clients):
         "position": position,
         "num_clients": num_clients,
         "num_train": 7,
+        "memory_bytes": 10 * position,
     }
     return pack(encode_upload(Upload(report=report)))
 
@@ -79,7 +80,9 @@ def test_any_other_record_is_refused(content):
 
 def test_clients_are_in_the_order_of_the_data_whatever_their_nodes_are_called():
     grid = InMemoryGrid({77: node(2), 5: node(0), 901: node(1)})
-    assert ids(transport(grid)) == ("client-000", "client-001", "client-002")
+    carried = transport(grid)
+    assert ids(carried) == ("client-000", "client-001", "client-002")
+    assert [facts.memory_bytes for facts in carried.clients] == [0, 10, 20]
 
 
 def test_the_federation_waits_until_every_client_has_a_node():

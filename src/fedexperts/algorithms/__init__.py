@@ -2,10 +2,12 @@
 
 from fedexperts.algorithms.api import Algorithm
 from fedexperts.algorithms.ditto import Ditto
+from fedexperts.algorithms.esft import Esft
 from fedexperts.algorithms.fdlora import FDLoRA
 from fedexperts.algorithms.fedavg import FedAvg
 from fedexperts.algorithms.fedavg_finetune import FedAvgFinetune
 from fedexperts.algorithms.feddpa import FedDPA
+from fedexperts.algorithms.fedmoe import FedMoE
 from fedexperts.algorithms.fedper import FedPer
 from fedexperts.algorithms.fedrep import FedRep
 from fedexperts.algorithms.fedsa_lora import FedSALora
@@ -20,11 +22,13 @@ from fedexperts.algorithms.presets import preset
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "ditto": Ditto,
+    "esft": Esft,
     "fdlora": FDLoRA,
     "fedavg": FedAvg,
     "fedavg_experts": preset(FedAvg, "FedAvg with all routed experts", experts=True),
     "fedavg_finetune": FedAvgFinetune,
     "feddpa": FedDPA,
+    "fedmoe": FedMoE,
     "fedper": FedPer,
     "fedrep": FedRep,
     "fedsa_lora": FedSALora,

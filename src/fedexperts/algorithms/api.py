@@ -185,6 +185,9 @@ class Algorithm:
     is in :class:`ServerState`, what a client remembers in :class:`Kept`.
     """
 
+    uses_memory = False
+    """Whether the memory of the clients' devices (``cohort.memory_gb``) has an effect."""
+
     # Names
 
     def shared_names(self, parts: ModelParts) -> tuple[str, ...]:

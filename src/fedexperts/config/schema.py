@@ -43,7 +43,12 @@ class RunConfig:
     """Transport for downloads and uploads."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers outside their range."""
+        """Refuse numbers outside their range, and memory that nothing is chosen by."""
         for name, least in (("seed", 0), ("rounds", 0), ("threads", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.cohort.memory_gb and not self.algorithm.uses_memory:
+            raise UserError(
+                f"cohort.memory_gb is {list(self.cohort.memory_gb)}, but has no effect with this algorithm: "
+                "it does not choose by memory"
+            )

@@ -18,13 +18,21 @@ class CohortSettings:
     """When a client fails or its upload is refused: go on without it, or stop. It is named either way."""
     max_change_norm: float = 0.0
     """Refuse an upload whose tensors differ from the server's by more than this L2 norm; 0 for no limit."""
+    memory_gb: tuple[float, ...] = ()
+    """Memory of the clients' devices in 10^9 bytes, cycled over the clients; empty for no limit."""
 
     def __post_init__(self) -> None:
-        """Refuse negative numbers."""
+        """Refuse numbers outside their range."""
         if self.size < 0:
             raise UserError(f"size must be 0 (all clients) or more, not {self.size}")
         if not self.max_change_norm >= 0:
             raise UserError(f"max_change_norm must not be negative, but is {self.max_change_norm}")
+        if not all(memory > 0 for memory in self.memory_gb):
+            raise UserError(f"memory_gb must have numbers above 0 only, but is {list(self.memory_gb)}")
+
+    def memory_bytes(self, position: int) -> int:
+        """Return the memory of the client at ``position`` in the data; 0 for no limit."""
+        return round(self.memory_gb[position % len(self.memory_gb)] * 1e9) if self.memory_gb else 0
 
 
 def draw_cohort(

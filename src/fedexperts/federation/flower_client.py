@@ -59,6 +59,7 @@ def _answer(blob: bytes, context: Context) -> Upload:
         "position": position,
         "num_clients": len(client_ids),
         "num_train": bench.data.num_examples(client_id, "train"),
+        "memory_bytes": bench.memory_bytes[client_id],
     }
     return Upload(report=report)
 

@@ -70,7 +70,7 @@ class FlowerTransport:
     def clients(self) -> tuple[ClientFacts, ...]:
         """All clients, in the order of the data; the first use waits until there is a node for each."""
         return tuple(
-            ClientFacts(client_id=node.client_id, num_train=node.num_train)
+            ClientFacts(client_id=node.client_id, num_train=node.num_train, memory_bytes=node.memory_bytes)
             for node in self._joined().values()
         )
 
@@ -192,6 +192,7 @@ class _Node:
     """Of the client in the data's order."""
     num_clients: int
     num_train: int
+    memory_bytes: int
 
 
 def _node(node_id: int, report: Mapping[str, Any]) -> _Node:
@@ -200,11 +201,14 @@ def _node(node_id: int, report: Mapping[str, Any]) -> _Node:
     Raises:
         UserError: a part of it is missing or of another type.
     """
-    kinds = {"client_id": str, "position": int, "num_clients": int, "num_train": int}
+    kinds = {"client_id": str, "position": int, "num_clients": int, "num_train": int, "memory_bytes": int}
     for name, kind in kinds.items():
         if type(report.get(name)) is not kind:
             raise UserError(f"Flower node {node_id}: its {name} is {plain_text(repr(report.get(name)))[:60]}")
-    if not 0 <= report["position"] < report["num_clients"] or report["num_train"] < 0:
+    if (
+        not 0 <= report["position"] < report["num_clients"]
+        or min(report["num_train"], report["memory_bytes"]) < 0
+    ):
         raise UserError(f"Flower node {node_id} says it is {report['position']} of {report['num_clients']}")
     if not _CLIENT_ID.fullmatch(report["client_id"]):
         raise UserError(f"Flower node {node_id}: its client_id is no name of a client")

@@ -1,7 +1,7 @@
 """Take clients' turns on one resident model."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -33,6 +33,8 @@ class RuntimeSettings:
     config_sha256: str
     training: TrainingSettings
     evaluation: EvaluationSettings
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Memory of each client's device; a client that is not named has no limit."""
 
 
 @dataclass(kw_only=True)
@@ -81,7 +83,11 @@ class ClientRuntime:
     def facts(self) -> tuple[ClientFacts, ...]:
         """Return all clients of the data."""
         return tuple(
-            ClientFacts(client_id=client_id, num_train=self.data.num_examples(client_id, "train"))
+            ClientFacts(
+                client_id=client_id,
+                num_train=self.data.num_examples(client_id, "train"),
+                memory_bytes=self.settings.memory_bytes.get(client_id, 0),
+            )
             for client_id in self.data.client_ids
         )
 
@@ -171,6 +177,7 @@ class ClientRuntime:
             parts=self.parts,
             training=self.settings.training,
             num_train=num_train,
+            memory_bytes=self.settings.memory_bytes.get(client_id, 0),
             draw_batches=lambda: self._draw(client_id, round_number),
             calibration_batches=partial(self._calibration, client_id),
             on_step=self.watcher.step_done,

@@ -65,14 +65,15 @@ class PlanSettings:
 
     @property
     def algorithm(self) -> Algorithm:
-        """The method with its defaults and ``graft``; a rate without a default changes no size."""
+        """The method with its defaults and ``graft``. A number without a default is planned as 1: rates change no
+        size, and FedMoE tunes one expert per layer."""
         cls = ALGORITHMS[self.method]
         values: dict[str, Any] = {}
         for item in fields(cls):  # type: ignore[arg-type]
             if item.name == "graft" and isinstance(default_of(item), GraftForm):
                 values[item.name] = self.graft
             elif is_required(item):
-                values[item.name] = 1.0
+                values[item.name] = 1.0 if item.type is float else 1
         return cls(**values)
 
     @property

@@ -2,9 +2,9 @@
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Workbench:
     data: FederatedData
     algorithm: Algorithm
     questions: tuple[Question, ...]
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Memory of the device of each client of the whole data."""
 
     def scorer(self, store: PersonalStore, watcher: Watcher | None = None) -> Scorer:
         """Return a runtime for the clients of this workbench's data, with what evaluates them."""
@@ -49,6 +51,7 @@ class Workbench:
             config_sha256=config_sha256(self.config),
             training=self.config.training,
             evaluation=self.config.evaluation,
+            memory_bytes=self.memory_bytes,
         )
         runtime = ClientRuntime(self.parts, self.format, self.data, self.algorithm, settings, store, watcher)
         return Scorer(runtime, self.questions)
@@ -95,6 +98,10 @@ def open_workbench(
             questions=tuple(
                 load_exam(config.evaluation.exam, data_source=config.data.source, seed=config.seed)
             ),
+            memory_bytes={
+                client_id: config.cohort.memory_bytes(position)
+                for position, client_id in enumerate(data.client_ids)
+            },
         )
 
 

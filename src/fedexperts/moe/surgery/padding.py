@@ -1,4 +1,4 @@
-"""Tell padding from tokens inside a forward pass, so that padding counts nowhere.
+"""Tell padding from tokens, and a first forward pass from its repetition, so that each token counts once.
 
 An experts module sees rows, one for each position of a batch, and no attention mask.
 """
@@ -6,6 +6,7 @@ An experts module sees rows, one for each position of a batch, and no attention 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 _masks: list[Tensor] = []
@@ -25,3 +26,8 @@ def tokens_are(attention_mask: Tensor) -> Iterator[None]:
 def is_token(num_rows: int) -> Tensor | None:
     """Return which of ``num_rows`` rows are tokens, bool (num_rows,), or None where nobody said so."""
     return _masks[-1] if _masks and len(_masks[-1]) == num_rows else None
+
+
+def is_recomputed() -> bool:
+    """Return whether a backward pass repeats a forward pass now, as gradient checkpointing does."""
+    return torch._C._current_graph_task_id() != -1

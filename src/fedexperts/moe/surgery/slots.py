@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedexperts.errors import UserError
 from fedexperts.moe.surgery import seam
-from fedexperts.moe.surgery.padding import is_token
+from fedexperts.moe.surgery.padding import is_recomputed, is_token
 from fedexperts.moe.surgery.rows import Rows, group_rows, run_rows
 from fedexperts.moe.surgery.seam import MoeLayer
 
@@ -146,11 +146,11 @@ class Slots(nn.Module):
     def forward(self, experts: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Return the layer's routed output, shape (T, D)."""
         slot_TK = self.lookup_E[index_TK]
+        if torch.is_grad_enabled() and not is_recomputed():
+            self._count(slot_TK)
         if self.order == "stock":
             return self._stock(experts, hidden_TD, slot_TK, weight_TK)
         rows = group_rows(slot_TK, weight_TK, self.plan.num_slots)
-        if torch.is_grad_enabled():
-            self._count(slot_TK)
         return self._run(experts, hidden_TD, rows).to(hidden_TD.dtype)
 
     def _count(self, slot_TK: Tensor) -> None:
@@ -173,7 +173,8 @@ class Slots(nn.Module):
         for bank in self.banks(experts):
             part = rows.part(start, start + bank.num_experts)
             start += bank.num_experts
-            if sum(part.sizes):
+            # A trained bank without rows runs too: a loss that depends on nothing trained has no gradient.
+            if sum(part.sizes) or (torch.is_grad_enabled() and bank.trained()):
                 made.append(run_rows(bank, experts, hidden_TD, part))
         return sum(made[1:], start=made[0]) if made else torch.zeros_like(hidden_TD)
 
@@ -288,7 +289,7 @@ def restore_layer(layer: MoeLayer, fused: Mapping[str, Tensor]) -> None:
 def idle_experts(layers: Iterable[MoeLayer]) -> dict[int, tuple[int, ...]]:
     """Return tuned experts that no token has reached in training so far, by index of their layers.
 
-    Such experts get no gradient, and nothing else reports it. Passes in the order ``stock`` are not counted.
+    Such experts get no gradient, and nothing else reports it.
     """
     found = {layer.index: seam.slots_of(layer) for layer in layers if seam.slots_of(layer) is not None}
     return {index: slots.idle() for index, slots in found.items() if slots.idle()}
