@@ -17,6 +17,7 @@ from fedexperts.federation.personal import PersonalStore
 from fedexperts.messages import Download, Sent, Upload
 from fedexperts.moe.surgery.undo import UndoStack, undone
 from fedexperts.seeds import derive_random
+from fedexperts.tensors import sha256_of
 from fedexperts.training.settings import TrainingSettings
 
 _NUM_ENCODED_CLIENTS = 8
@@ -82,6 +83,11 @@ class ClientRuntime:
             ClientFacts(client_id=client_id, num_train=self.data.num_examples(client_id, "train"))
             for client_id in self.data.client_ids
         )
+
+    def model_sha256(self) -> str:
+        """Hash the whole resident model between turns: no client may leave a trace in it."""
+        model = self.parts.model
+        return sha256_of(dict(model.named_parameters()), dict(model.named_buffers()))
 
     def _encode(self, client_id: str) -> tuple[list[Encoded], BatchCounts]:
         encoded, counts = encode_all(self.format, self.data.examples(client_id, "train"))
