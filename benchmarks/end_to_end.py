@@ -1,12 +1,16 @@
-"""Seconds of a whole FedAvg job on LoRA, ours against a new TRL trainer for every client and round."""
+"""Seconds of a whole FedAvg job on LoRA, ours against a new TRL trainer for every client and round.
 
+Ours runs twice: in one process with two threads, and in as many one-thread workers as there are cores.
+"""
+
+import os
 import statistics
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fedexperts.algorithms.aggregation import current, load_tensors
+import torch
 
 from benchmarks.setting import bench_config, model_source
 from benchmarks.timing import in_turns, paired_ratio, spread
@@ -16,6 +20,7 @@ from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.data.batches import IGNORED_LABEL, encode_all
 from fedexperts.evaluation.examples import evaluate_examples
 from fedexperts.federation.checkpoint import load_checkpoint
+from fedexperts.moe.surgery.seam import current, load_tensors
 from fedexperts.run_directory import RunDirectory, read_lines
 from fedexperts.running.experiment import run_experiment
 from fedexperts.running.progress import QuietProgress
@@ -30,7 +35,9 @@ HELD_OUT_PER_CLIENT = 16
 
 def measure(model: str, *, repeats: int = 3, num_local_steps: int = 5) -> dict[str, Any]:
     """All figures, ready for JSON."""
-    config = bench_config(model, "fedavg", f"training.num_local_steps={num_local_steps}")
+    steps = f"training.num_local_steps={num_local_steps}"
+    config = bench_config(model, "fedavg", steps)
+    with_workers = bench_config(model, "fedavg", steps, "threads=1", f"transport.workers={_num_cores()}")
     with open_workbench(config, Stopwatch()) as bench:
         start = current(bench.parts.model, bench.parts.lora_names)
         rivals = {
@@ -38,18 +45,26 @@ def measure(model: str, *, repeats: int = 3, num_local_steps: int = 5) -> dict[s
             for name in ("recipe", "kinder")
         }
         assert_same_examples(bench, rivals["recipe"])
-        runs: dict[str, list[JobRun]] = {"ours": [], "recipe": [], "kinder": []}
+        runs: dict[str, list[JobRun]] = {"ours": [], "workers": [], "recipe": [], "kinder": []}
 
-        def ours() -> float:
-            runs["ours"].append(run_ours(config))
-            return runs["ours"][-1].rounds_seconds
+        def ours(name: str, config_of_ours: RunConfig) -> float:
+            runs[name].append(run_ours(config_of_ours))
+            # A run sets the threads of this process, and the recipes run in it too.
+            torch.set_num_threads(config.threads)
+            return runs[name][-1].rounds_seconds
 
         def theirs(name: str) -> float:
             runs[name].append(rivals[name].run(bench.format.tokenizer))
             return runs[name][-1].rounds_seconds
 
         seconds = in_turns(
-            {"ours": ours, "recipe": lambda: theirs("recipe"), "kinder": lambda: theirs("kinder")}, repeats
+            {
+                "ours": lambda: ours("ours", config),
+                "workers": lambda: ours("workers", with_workers),
+                "recipe": lambda: theirs("recipe"),
+                "kinder": lambda: theirs("kinder"),
+            },
+            repeats,
         )
         losses = {name: _losses(bench, made[-1]) for name, made in runs.items()}
         losses["start"] = {"held_out": _held_out_loss(bench, start)}
@@ -59,6 +74,7 @@ def measure(model: str, *, repeats: int = 3, num_local_steps: int = 5) -> dict[s
     return {
         "model": model,
         "clients": 4,
+        "workers": min(with_workers.transport.workers, 4),
         "rounds": config.rounds,
         "num_local_steps": num_local_steps,
         "batch_size": config.training.batch_size,
@@ -66,11 +82,17 @@ def measure(model: str, *, repeats: int = 3, num_local_steps: int = 5) -> dict[s
         "seconds_with_loading": {name: spread(values) for name, values in whole.items()},
         "recipe_over_ours": paired_ratio(seconds["recipe"], seconds["ours"]),
         "kinder_over_ours": paired_ratio(seconds["kinder"], seconds["ours"]),
+        "recipe_over_workers": paired_ratio(seconds["recipe"], seconds["workers"]),
+        "ours_over_workers": paired_ratio(seconds["ours"], seconds["workers"]),
         "recipe_over_ours_with_loading": paired_ratio(whole["recipe"], whole["ours"]),
         "phases": {name: _median_phases(made[1:]) for name, made in runs.items()},
         "losses": losses,
         "loss_apart": _apart(losses),
     }
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_ours(config: RunConfig) -> JobRun:
@@ -85,9 +107,10 @@ def run_ours(config: RunConfig) -> JobRun:
         phases.update(
             {_PHASE_NAMES[phase]: value for phase, value in line["seconds"].items() if phase != "total"}
         )
-    phases["run directory"] = seconds["rounds"] - phases.total()
+    # Of turns side by side, the phases add up to more than the rounds took.
+    phases["run directory"] = max(seconds["rounds"] - phases.total(), 0.0)
     return JobRun(
-        loading_seconds=seconds["data"] + seconds["model"],
+        loading_seconds=sum(seconds.get(phase, 0.0) for phase in ("data", "model", "workers")),
         rounds_seconds=seconds["rounds"],
         phases=dict(phases),
         losses=[line["train_loss"] for line in lines],

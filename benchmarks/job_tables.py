@@ -87,25 +87,32 @@ def end_to_end(figures: Figures) -> list[Table]:
     """Of ``benchmarks/end_to_end.py``."""
     names = {
         "ours": "fedexperts",
+        "workers": f"fedexperts, {figures.get('workers')} workers with one thread each",
         "recipe": "usual recipe: a new SFTTrainer for each client and round",
         "kinder": "the same, with every example tokenized once beforehand",
     }
     rows = [
-        (title, *spread_texts(figures["seconds_of_rounds"][name], "{:.2f}")) for name, title in names.items()
+        (names[name], *spread_texts(seconds, "{:.2f}"))
+        for name, seconds in figures["seconds_of_rounds"].items()
     ]
     rows += [
         (
-            f"{title}, loading model and data included",
+            f"{short}, loading model and data included",
             *spread_texts(figures["seconds_with_loading"][name], "{:.2f}"),
         )
-        for name, title in (("ours", "fedexperts"), ("recipe", "usual recipe"))
+        for name, short in (("ours", "fedexperts"), ("workers", names["workers"]), ("recipe", "usual recipe"))
+        if name in figures["seconds_with_loading"]
     ]
     ratios = {
         "recipe_over_ours": "usual recipe over ours, pair by pair",
         "kinder_over_ours": "tokenized beforehand over ours",
+        "recipe_over_workers": "usual recipe over ours with workers",
+        "ours_over_workers": "ours in one process over ours with workers",
         "recipe_over_ours_with_loading": "usual recipe over ours, loading included",
     }
-    rows += [(title, *spread_texts(figures[name], "{:.2f}")) for name, title in ratios.items()]
+    rows += [
+        (title, *spread_texts(figures[name], "{:.2f}")) for name, title in ratios.items() if name in figures
+    ]
     title = (
         f"Seconds of {figures['rounds']} rounds of FedAvg on LoRA over {figures['clients']} clients, "
         f"{figures['num_local_steps']} local steps of {figures['batch_size']} examples"

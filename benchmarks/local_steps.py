@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fedexperts.algorithms.aggregation import current, load_tensors
 from peft import get_peft_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
@@ -26,6 +25,7 @@ from fedexperts.data.batches import Batch, draw_batches, encode_all
 from fedexperts.models.adapters import find_targets, lora_config, lora_state, peft_state
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.graft import GateMeter, GraftForm, grafted
+from fedexperts.moe.surgery.seam import current, load_tensors
 from fedexperts.running.workbench import Workbench, open_workbench
 from fedexperts.tensors import Tensors
 from fedexperts.training.local_steps import LocalResult, local_steps

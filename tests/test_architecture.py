@@ -29,7 +29,7 @@ ROWS = (
     ("data", "moe"),
     ("messages",),
     ("tensors",),
-    ("running.environment", "running.progress", "run_directory", "seeds"),
+    ("running.environment", "running.progress", "run_directory", "processes", "seeds", "shared_file"),
     ("errors",),
 )
 """A module imports lower rows and its own package; of two names that fit a module the longer counts."""

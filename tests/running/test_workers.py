@@ -81,7 +81,7 @@ def test_the_number_of_jobs(monkeypatch, caplog):
     assert [count_jobs(4, 2), caplog.records] == [4, []]
     assert count_jobs(5, 2) == 5
     assert [record.getMessage() for record in caplog.records] == [
-        "5 jobs of threads = 2 share 8 cores: fewer jobs, or threads=1, may be faster"
+        "5 jobs of 2 threads share 8 cores: fewer jobs, or threads=1, may be faster"
     ]
     assert count_jobs(1, 16) == 1
     assert len(caplog.records) == 1

@@ -22,6 +22,9 @@ from fedexperts.errors import UserError
 
 Settings = TypeVar("Settings")
 
+WITHOUT_EFFECT_ON_RESULTS = frozenset({"transport.workers"})
+"""Keys that change no bit of a result: they are not hashed, and a run may be resumed with other values."""
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Load the configuration in a TOML file; overrides such as ``training.lr=3e-3`` replace its values.
@@ -66,13 +69,28 @@ def config_sha256(config: RunConfig) -> str:
 
 
 def settings_sha256(settings: Mapping[str, Any]) -> str:
-    """Hash a resolved configuration read back as plain data, such as ``settings`` in result.json."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    """Hash a resolved configuration read back as plain data, such as ``settings`` in result.json.
+
+    Keys in :data:`WITHOUT_EFFECT_ON_RESULTS` do not count.
+    """
+    return hashlib.sha256(json.dumps(_decisive(settings), sort_keys=True).encode()).hexdigest()
+
+
+def _decisive(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return ``table`` without the keys that change no bit of a result."""
+    return {
+        key: _decisive(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in table.items()
+        if f"{prefix}{key}" not in WITHOUT_EFFECT_ON_RESULTS
+    }
 
 
 def difference(old: RunConfig, new: RunConfig) -> list[str]:
-    """Describe the changes from ``old`` to ``new`` in the order of keys: ``training.lr: 0.003 -> 0.01``."""
-    return table_difference(to_table(old), to_table(new))
+    """Describe the changes from ``old`` to ``new`` in the order of keys: ``training.lr: 0.003 -> 0.01``.
+
+    Keys in :data:`WITHOUT_EFFECT_ON_RESULTS` do not count.
+    """
+    return table_difference(_decisive(to_table(old)), _decisive(to_table(new)))
 
 
 def table_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

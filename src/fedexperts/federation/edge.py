@@ -41,11 +41,15 @@ def read_answer(blob: Callable[[], bytes]) -> tuple[Upload, int]:
         answer = blob()
         num_bytes = len(answer)
         return decode_upload(answer), num_bytes
-    except UserError as error:
-        return Upload(failure=plain_text(str(error)) or "no reason given"), num_bytes
     except Exception as error:
-        reason = f"its answer cannot be read: {type(error).__name__}: {error}"
-        return Upload(failure=plain_text(reason)), num_bytes
+        return failure_of(error), num_bytes
+
+
+def failure_of(error: Exception) -> Upload:
+    """Return the failure that stands for an answer that cannot be written or read."""
+    if isinstance(error, UserError):
+        return Upload(failure=plain_text(str(error)) or "no reason given")
+    return Upload(failure=plain_text(f"its answer cannot be read: {type(error).__name__}: {error}"))
 
 
 def refusal(upload: Upload, expected: Expected, before: Mapping[str, Tensor], cohort: CohortSettings) -> str:

@@ -19,6 +19,7 @@ from fedexperts.federation.personal import PersonalStore
 from fedexperts.messages import Download, Sent, Upload
 from fedexperts.moe.surgery.undo import UndoStack, undone
 from fedexperts.seeds import derive_random
+from fedexperts.tensors import sha256_of
 from fedexperts.training.settings import TrainingSettings
 
 _NUM_ENCODED_CLIENTS = 8
@@ -90,6 +91,11 @@ class ClientRuntime:
             )
             for client_id in self.data.client_ids
         )
+
+    def model_sha256(self) -> str:
+        """Hash the whole resident model between turns: no client may leave a trace in it."""
+        model = self.parts.model
+        return sha256_of(dict(model.named_parameters()), dict(model.named_buffers()))
 
     def _encode(self, client_id: str) -> tuple[list[Encoded], BatchCounts]:
         encoded, counts = encode_all(self.format, self.data.examples(client_id, "train"))

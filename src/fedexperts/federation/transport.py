@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from fedexperts.algorithms.api import ClientFacts
+from fedexperts.errors import UserError
 from fedexperts.messages import Download, Upload
 
 
@@ -18,6 +19,19 @@ class TransportSettings:
     """Name, in Flower's configuration, of the connection to a running SuperLink; empty simulates locally."""
     timeout_seconds: float = 3600.0
     """Longest wait for one client's upload over Flower; a client that is later counts as failed."""
+    workers: int = 1
+    """Processes that take clients' turns side by side, each with ``threads`` threads (in process only). The
+    number changes no bit of a result, and may differ when a run is resumed."""
+
+    def __post_init__(self) -> None:
+        """Refuse workers over Flower, where every client is a process already."""
+        if self.workers < 1:
+            raise UserError(f"transport.workers must be at least 1, not {self.workers}")
+        if self.workers > 1 and self.name == "flower":
+            raise UserError(
+                f'transport.workers is {self.workers}, but with transport.name = "flower" each client has a '
+                "process of its own: leave it at 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from fedexperts.algorithms import ALGORITHMS
 from fedexperts.algorithms.api import Algorithm
@@ -65,15 +65,19 @@ class PlanSettings:
 
     @property
     def algorithm(self) -> Algorithm:
-        """The method with its defaults and ``graft``. A number without a default is planned as 1: rates change no
-        size, and FedMoE tunes one expert per layer."""
+        """The method with its defaults and ``graft``.
+
+        A number without a default is planned as 1 (rates change no size, and FedMoE tunes one expert per
+        layer), a choice as its first value.
+        """
         cls = ALGORITHMS[self.method]
-        values: dict[str, Any] = {}
+        hints, values = get_type_hints(cls), dict[str, Any]()
         for item in fields(cls):  # type: ignore[arg-type]
             if item.name == "graft" and isinstance(default_of(item), GraftForm):
                 values[item.name] = self.graft
             elif is_required(item):
-                values[item.name] = 1.0 if item.type is float else 1
+                choices = get_args(hints[item.name])
+                values[item.name] = choices[0] if choices else hints[item.name](1)
         return cls(**values)
 
     @property

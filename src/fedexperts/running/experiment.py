@@ -38,8 +38,8 @@ from fedexperts.run_directory import (
 from fedexperts.running.environment import describe_environment
 from fedexperts.running.progress import Progress
 from fedexperts.running.result import ResultParts, build_result, describe_parameters, mean_metrics
-from fedexperts.running.workbench import open_workbench, personal_store
-from fedexperts.tensors import first_non_finite, sha256_of
+from fedexperts.running.workbench import open_workbench, open_worker_pool, personal_store
+from fedexperts.tensors import first_non_finite
 from fedexperts.training.settings import learning_rate_share
 
 logger = logging.getLogger(__name__)
@@ -92,8 +92,16 @@ def _run(config: RunConfig, run: RunDirectory, progress: Progress) -> dict[str, 
     with open_workbench(config, stopwatch) as bench:
         watcher = Watcher(client_started=progress.client_started, step_done=progress.step_done)
         scorer = bench.scorer(personal_store(run.path), watcher)
-        write_json(run.environment, describe_environment(config.threads, str(device_of(bench.parts))))
-        return ServerRun(config, run, scorer, InProcess(scorer.runtime), progress, stopwatch).run()
+        device = device_of(bench.parts)
+        write_json(run.environment, describe_environment(config.threads, str(device)))
+        if config.transport.workers == 1:
+            return ServerRun(config, run, scorer, InProcess(scorer.runtime), progress, stopwatch).run()
+        with open_worker_pool(bench, run.path, scorer.runtime.facts()) as pool:
+            with stopwatch.phase("workers"):
+                progress.phase(f"starting {pool.num_workers} workers")
+                for done, _ in enumerate(pool.start(), start=1):
+                    progress.advance_phase(done, pool.num_workers)
+            return ServerRun(config, run, scorer, pool, progress, stopwatch, pool.model_hashes).run()
 
 
 def device_of(parts: ModelParts) -> torch.device:
@@ -112,12 +120,14 @@ class ServerRun:
     transport: Transport
     progress: Progress
     stopwatch: Stopwatch
+    other_models: Callable[[], Sequence[str]] = tuple
+    """Returns the hashes of the models on which clients take turns in other processes of this machine."""
     unscored: list[dict[str, Any]] = field(default_factory=list)
     """Failures of evaluations; those of rounds are in rounds.jsonl."""
 
     def run(self) -> dict[str, Any]:
         """Run all rounds that are left, evaluate, and write the result."""
-        frozen = model_sha256(self.scorer.runtime.parts)
+        frozen = self.scorer.runtime.model_sha256()
         federation = self._federation()
         reached = self._start(federation)
         with self.stopwatch.phase("rounds"):
@@ -130,7 +140,7 @@ class ServerRun:
         with self.stopwatch.phase("evaluation"):
             scores = self._evaluate(federation, reached, "evaluate_fully")
             exam_global = self._global_exam(reached.state)
-        frozen_same = model_sha256(self.scorer.runtime.parts) == frozen
+        frozen_same = {self.scorer.runtime.model_sha256(), *self.other_models()} == {frozen}
         if not frozen_same:
             logger.error("the pretrained model changed during the run: its figures are void")
         result = build_result(
@@ -274,8 +284,3 @@ def client_scores(upload: Upload) -> dict[str, Any]:
     scores: dict[str, Any] = {"metrics": as_counts(upload.metrics), "algorithm": own, "matrix": matrix}
     scores["routing"] = {n: table_of(t) for n, t in upload.beside.items() if n.startswith("routing_")}
     return scores | ({"personal_sha256": hash_of(upload.beside)} if HASH in upload.beside else {})
-
-
-def model_sha256(parts: ModelParts) -> str:
-    """Hash the whole resident model between turns: no client may leave a trace in it."""
-    return sha256_of(dict(parts.model.named_parameters()), dict(parts.model.named_buffers()))

@@ -21,7 +21,7 @@ from fedexperts.run_directory import hold_folder, is_in_use, read_json, write_at
 from fedexperts.running.experiment import run_experiment
 from fedexperts.running.progress import Progress
 from fedexperts.running.search import GroupSearch, SearchRun, search_groups
-from fedexperts.running.workers import RunExperiment, Workers
+from fedexperts.running.workers import RunExperiment, RunWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,8 @@ def compare(
     Raises:
         UserError: ``directory`` belongs to another suite, holds something else, or is in use.
     """
-    num_jobs = count_jobs(jobs, max(suite.config(one.name, one.values).threads for one in suite.runs))
+    configs = [suite.config(one.name, one.values) for one in suite.runs]
+    num_jobs = count_jobs(jobs, max(config.threads * config.transport.workers for config in configs))
     _refuse_other_suite(suite, directory)
     with hold_folder(directory, "suite directory"), _open_runner(open_progress, run, num_jobs) as runner:
         _refuse_other_suite(suite, directory)
@@ -141,12 +142,12 @@ def _open_runner(open_progress: OpenProgress, run: RunExperiment, num_jobs: int)
     if num_jobs == 1:
         yield _Runner(open_progress=open_progress, run=run, map=map)
         return
-    with Workers(num_jobs, run) as workers:
+    with RunWorkers(num_jobs, run) as workers:
         yield _Runner(open_progress=open_progress, run=workers.run, map=workers.map)
 
 
 def count_jobs(jobs: int | str, num_threads: int) -> int:
-    """How many runs go on at once, each with ``num_threads`` threads.
+    """How many runs go on at once, each with ``num_threads`` threads, those of its workers together.
 
     Raises:
         UserError: less than one job is asked for.
@@ -158,7 +159,7 @@ def count_jobs(jobs: int | str, num_threads: int) -> int:
         raise UserError(f"--jobs must be a whole number of at least 1, or auto, not {jobs}")
     if jobs > 1 and jobs * num_threads > num_cores:
         logger.warning(
-            "%d jobs of threads = %d share %d cores: fewer jobs, or threads=1, may be faster",
+            "%d jobs of %d threads share %d cores: fewer jobs, or threads=1, may be faster",
             jobs,
             num_threads,
             num_cores,

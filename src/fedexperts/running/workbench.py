@@ -5,27 +5,33 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import set_seed
 
-from fedexperts.algorithms.api import Algorithm, ModelParts
+from fedexperts.algorithms.api import Algorithm, ClientFacts, ModelParts
 from fedexperts.config.load import config_sha256
 from fedexperts.config.schema import RunConfig
 from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.data.examples import Question
 from fedexperts.data.federated import FederatedData, load_federated_data
 from fedexperts.data.prompts import PromptFormat
+from fedexperts.errors import UserError
 from fedexperts.evaluation.multiple_choice import load_exam
 from fedexperts.federation.personal import PersonalStore
 from fedexperts.federation.runtime import ClientRuntime, RuntimeSettings, Watcher
 from fedexperts.federation.scoring import Scorer
+from fedexperts.federation.workers import WorkerPool
 from fedexperts.models.adapters import add_lora
+from fedexperts.models.frozen_weights import map_frozen, write_frozen
 from fedexperts.models.load import load_model
 from fedexperts.models.originals import open_originals
+from fedexperts.processes import Tell
 from fedexperts.seeds import derive_seed
+from fedexperts.shared_file import SharedFile
 
 logger = logging.getLogger(__name__)
 
@@ -108,3 +114,34 @@ def open_workbench(
 def personal_store(run_directory: Path) -> PersonalStore:
     """Return where a simulated run keeps its clients' own tensors."""
     return PersonalStore(run_directory / "clients")
+
+
+@contextmanager
+def open_worker_pool(
+    bench: Workbench, run_directory: Path, clients: tuple[ClientFacts, ...]
+) -> Iterator[WorkerPool]:
+    """Give workers that take the turns of ``clients`` on ``bench``'s data and its frozen weights.
+
+    Raises:
+        UserError: the model is not in main memory.
+    """
+    if bench.parts.layers[0].device().type != "cpu":
+        raise UserError(
+            f"transport.workers is {bench.config.transport.workers}, but the model is on a GPU, and workers "
+            'share a model in main memory: set model.device to "cpu", or leave transport.workers at 1'
+        )
+    weights = write_frozen(bench.parts.model, bench.parts.lora_names)
+    map_frozen(bench.parts.model, weights)
+    open_runtime = partial(_open_runtime, bench.config, bench.data, weights, run_directory)
+    with WorkerPool(bench.config.transport.workers, open_runtime, clients) as pool:
+        yield pool
+
+
+@contextmanager
+def _open_runtime(
+    config: RunConfig, data: FederatedData, weights: SharedFile, run_directory: Path, _: Tell
+) -> Iterator[ClientRuntime]:
+    """Load in a worker what takes clients' turns; its own copy of the frozen weights is freed at once."""
+    with open_workbench(config, Stopwatch(), data=data) as bench:
+        map_frozen(bench.parts.model, weights)
+        yield bench.scorer(personal_store(run_directory)).runtime
