@@ -68,7 +68,7 @@ class PlanSettings:
         """The method with its defaults and ``graft``.
 
         A number without a default is planned as 1 (rates change no size, and FedMoE tunes one expert per
-        layer), a choice as its first value.
+        layer), a choice as its last value.
         """
         cls = ALGORITHMS[self.method]
         hints, values = get_type_hints(cls), dict[str, Any]()
@@ -77,7 +77,7 @@ class PlanSettings:
                 values[item.name] = self.graft
             elif is_required(item):
                 choices = get_args(hints[item.name])
-                values[item.name] = choices[0] if choices else hints[item.name](1)
+                values[item.name] = choices[-1] if choices else hints[item.name](1)
         return cls(**values)
 
     @property
