@@ -86,9 +86,12 @@ class WeightedMean:
     def mean(self, like: Mapping[str, Tensor]) -> Tensors:
         """Means in the dtypes of ``like``; a name that nobody brought keeps its value there."""
         return {
-            name: (self._sums[name] / self._weights[name]).to(old.dtype) if name in self._sums else old
-            for name, old in like.items()
+            name: self.exact(name).to(old.dtype) if name in self._sums else old for name, old in like.items()
         }
+
+    def exact(self, name: str) -> Tensor:
+        """Return the mean of one name that somebody brought, in float64."""
+        return self._sums[name] / self._weights[name]
 
     def names(self) -> Iterable[str]:
         """Names that somebody brought."""

@@ -8,7 +8,9 @@ from fedexperts.algorithms.fedavg import FedAvg
 from fedexperts.algorithms.fedavg_finetune import FedAvgFinetune
 from fedexperts.algorithms.feddpa import FedDPA
 from fedexperts.algorithms.fedmoe import FedMoE
+from fedexperts.algorithms.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fedexperts.algorithms.fedper import FedPer
+from fedexperts.algorithms.fedprox import FedProx
 from fedexperts.algorithms.fedrep import FedRep
 from fedexperts.algorithms.fedsa_lora import FedSALora
 from fedexperts.algorithms.ffa_lora import FFALora
@@ -19,19 +21,25 @@ from fedexperts.algorithms.frlora import FRLora
 from fedexperts.algorithms.local_graft import LocalGraft
 from fedexperts.algorithms.local_only import LocalOnly
 from fedexperts.algorithms.presets import preset
+from fedexperts.algorithms.scaffold import Scaffold
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "ditto": Ditto,
     "esft": Esft,
     "fdlora": FDLoRA,
+    "fedadagrad": FedAdagrad,
+    "fedadam": FedAdam,
     "fedavg": FedAvg,
     "fedavg_experts": preset(FedAvg, "FedAvg with all routed experts", experts=True),
     "fedavg_finetune": FedAvgFinetune,
+    "fedavgm": FedAvgM,
     "feddpa": FedDPA,
     "fedmoe": FedMoE,
     "fedper": FedPer,
+    "fedprox": FedProx,
     "fedrep": FedRep,
     "fedsa_lora": FedSALora,
+    "fedyogi": FedYogi,
     "ffa_lora": FFALora,
     "flex": Flex,
     "flexlora": FlexLora,
@@ -40,5 +48,6 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "local_graft": LocalGraft,
     "local_only": LocalOnly,
     "moe_fedavg": preset(FedAvg, "FedAvg with one random expert per MoE layer", one_expert="averaged"),
+    "scaffold": Scaffold,
 }
 """Name in ``[algorithm]`` to class."""

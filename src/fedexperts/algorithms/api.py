@@ -310,6 +310,15 @@ def mean_of(state: ServerState, uploads: Iterable[tuple[str, Upload]]) -> Tensor
     return mean.mean(like=state.tensors)
 
 
+Weighting = Literal["examples", "equal"]
+"""Weight of a client in a mean: its number of training examples, or the same for all."""
+
+
+def weights_of(upload: Upload, weighting: Weighting) -> Mapping[str, float]:
+    """Return the weight of each tensor of ``upload``."""
+    return upload.weights if weighting == "examples" else dict.fromkeys(upload.tensors, 1.0)
+
+
 def upload_of(
     client: Client,
     names: Sequence[str],

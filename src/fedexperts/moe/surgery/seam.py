@@ -507,3 +507,21 @@ def fused_name(name: str) -> str:
 def fused_names(names: Iterable[str]) -> set[str]:
     """Return the names of the parameters that hold the tensors called ``names``."""
     return {fused_name(name) for name in names}
+
+
+def fuse(layers: Iterable[MoeLayer], tensors: Mapping[str, Tensor]) -> Tensors:
+    """Return ``tensors`` by the parameter that holds them: those of a layer's experts, all given, stacked."""
+    members = {name: names_in(layers, name) for name in dict.fromkeys(map(fused_name, tensors))}
+    return {
+        name: tensors[name] if own == (name,) else torch.stack([tensors[one] for one in own])
+        for name, own in members.items()
+    }
+
+
+def unfuse(layers: Iterable[MoeLayer], tensors: Mapping[str, Tensor]) -> Tensors:
+    """Return ``tensors``, named for parameters, by the names under which they travel: one for each expert."""
+    parts: Tensors = {}
+    for name, tensor in tensors.items():
+        members = names_in(layers, name)
+        parts |= {name: tensor} if members == (name,) else dict(zip(members, tensor, strict=True))
+    return parts
