@@ -50,5 +50,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable '.[dev,flower,hub]'
+	$(PIP) --editable '.[dev,flower,hub,tensorboard]'
 	@touch $@

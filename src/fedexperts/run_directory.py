@@ -198,6 +198,14 @@ def is_in_use(folder: Path) -> bool:
         return False
 
 
+def unused_folder(folder: Path, stem: str) -> Path:
+    """Return ``<folder>/<stem>-<number>`` with the first number that is free."""
+    number = 1
+    while (folder / f"{stem}-{number}").exists():
+        number += 1
+    return folder / f"{stem}-{number}"
+
+
 @contextmanager
 def hold_folder(folder: Path, kind: str) -> Iterator[None]:
     """Make ``folder`` where it is missing, and hold it for this process until the block ends.

@@ -26,6 +26,7 @@ SMALL = (
 REQUIRED = {
     "experts_per_layer": 2,
     "mu": 0.1,
+    "server_lr": 0.1,
     "strength": 0.1,
     "federated_rounds": 1,
     "personal_layers": 1,

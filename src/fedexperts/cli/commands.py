@@ -151,6 +151,7 @@ def pretrain(given: Namespace) -> int:
 
 def _new_run(given: Namespace) -> "tuple[RunConfig, Path]":
     from fedexperts.config.load import load_config
+    from fedexperts.run_directory import unused_folder
 
     if given.experiment is None:
         raise UserError("run needs an EXPERIMENT.toml, or --resume RUN_DIR")
@@ -158,7 +159,7 @@ def _new_run(given: Namespace) -> "tuple[RunConfig, Path]":
         raise UserError(f"the EXPERIMENT.toml must stand before {given.experiment}")
     file = Path(given.experiment)
     config = load_config(file, given.overrides)
-    return config, given.to or _unused(Path("runs"), file.stem)
+    return config, given.to or unused_folder(Path("runs"), file.stem)
 
 
 def _old_run(given: Namespace) -> "RunConfig":
@@ -193,13 +194,6 @@ def _asked_model(given: Namespace) -> str:
 
 def _is_override(argument: str) -> bool:
     return "=" in argument and not Path(argument).exists()
-
-
-def _unused(folder: Path, stem: str) -> Path:
-    number = 1
-    while (folder / f"{stem}-{number}").exists():
-        number += 1
-    return folder / f"{stem}-{number}"
 
 
 @contextmanager

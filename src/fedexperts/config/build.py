@@ -23,6 +23,9 @@ CLASSES = "classes"
 """Metadata key of a required field whose section picks, by ``name``, one class of the dict that stands there;
 the section's other keys are that class's fields."""
 
+UNKNOWN = "unknown"
+"""Metadata key beside :data:`CLASSES`: a function from a name that is not among them to advice."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -49,7 +52,7 @@ def build(cls: type[Settings], table: Mapping[str, Any], source: Source, prefix:
             raise source.error(prefix + key, f"is not a setting{_suggestion(prefix, key, by_name, source)}")
     for name, item in by_name.items():
         if CLASSES in item.metadata:
-            values[name] = _build_chosen(item.metadata[CLASSES], table.get(name, {}), source, prefix + name)
+            values[name] = _build_chosen(item, table.get(name, {}), source, prefix + name)
         elif name in table:
             values[name] = _build_field(item, hints[name], table[name], source, prefix + name)
         elif is_required(item):
@@ -66,13 +69,19 @@ def to_table(settings: Any) -> Table:
     for name, item in _fields(type(settings)).items():
         value = getattr(settings, name)
         if CLASSES in item.metadata:
-            chosen = [key for key, cls in item.metadata[CLASSES].items() if type(value) is cls]
-            table[name] = {"name": chosen[0], **to_table(value)}
+            table[name] = {"name": _name_of(value, item), **to_table(value)}
         elif dataclasses.is_dataclass(value):
             table[name] = to_table(value)
         elif value is not None:
             table[name] = list(value) if isinstance(value, tuple) else value
     return table
+
+
+def _name_of(value: Any, item: Field[Any]) -> str:
+    for name, cls in item.metadata[CLASSES].items():
+        if type(value) is cls:
+            return str(name)
+    raise UserError(f"{item.name} is a {type(value).__name__}, which has no registered name")
 
 
 def all_keys(cls: type, prefix: str = "") -> Iterator[str]:
@@ -132,7 +141,8 @@ def _placed(message: str, names: Collection[str], source: Source, prefix: str) -
     return source.error(f"{prefix.rstrip('.') or 'settings'}:", message)
 
 
-def _build_chosen(classes: Mapping[str, type], section: Any, source: Source, section_key: str) -> Any:
+def _build_chosen(item: Field[Any], section: Any, source: Source, section_key: str) -> Any:
+    classes: Mapping[str, type] = item.metadata[CLASSES]
     key, allowed = f"{section_key}.name", any_of(sorted(classes))
     if not isinstance(section, Mapping):
         raise source.error(section_key, f"is a section; {key} must be {allowed}, not {render_value(section)}")
@@ -140,7 +150,11 @@ def _build_chosen(classes: Mapping[str, type], section: Any, source: Source, sec
         raise source.error(key, f"is missing; it must be {allowed}")
     name = section["name"]
     if not isinstance(name, str) or name not in classes:
-        raise source.error(key, f"must be {allowed}, not {render_value(name)}{_nearest(str(name), classes)}")
+        advice = (
+            f"; {item.metadata[UNKNOWN](name)}" if UNKNOWN in item.metadata and isinstance(name, str) else ""
+        )
+        near = _nearest(str(name), classes)
+        raise source.error(key, f"must be {allowed}, not {render_value(name)}{near}{advice}")
     rest = {key: value for key, value in section.items() if key != "name"}
     return build(classes[name], rest, source, f"{section_key}.")
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from fedexperts.config import build
 from fedexperts.config.build import Source
+from fedexperts.config.plugins import load_plugins
 from fedexperts.config.schema import RunConfig
 from fedexperts.config.toml import (
     describe_change,
@@ -46,7 +47,8 @@ def build_config(table: Mapping[str, Any], file: str, overrides: Sequence[str] =
 def build_settings(
     cls: type[Settings], table: Mapping[str, Any], file: str, overrides: Sequence[str] = ()
 ) -> Settings:
-    """Build any settings class in the same way."""
+    """Build any settings class in the same way, with the algorithms and metrics of installed packages."""
+    load_plugins()
     texts = split_overrides(overrides)
     source = Source(file=file, overrides=texts, known_keys=tuple(build.all_keys(cls)))
     values = {key: parse_value(text) for key, text in texts.items()}

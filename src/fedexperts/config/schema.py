@@ -1,10 +1,11 @@
 """Define the settings of one run: sections, each of which lives with the component that it configures."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from fedexperts.algorithms import ALGORITHMS
 from fedexperts.algorithms.api import Algorithm
-from fedexperts.config.build import CLASSES
+from fedexperts.config.build import CLASSES, UNKNOWN
 from fedexperts.data.settings import DataSettings
 from fedexperts.errors import UserError
 from fedexperts.evaluation.settings import EvaluationSettings
@@ -12,6 +13,7 @@ from fedexperts.federation.cohort import CohortSettings
 from fedexperts.federation.transport import TransportSettings
 from fedexperts.models.adapters import AdapterSettings
 from fedexperts.models.load import ModelSettings
+from fedexperts.plugins import not_registered
 from fedexperts.training.settings import TrainingSettings
 
 
@@ -35,7 +37,9 @@ class RunConfig:
     """Clients that take part in a round."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
     """Local steps."""
-    algorithm: Algorithm = field(metadata={CLASSES: ALGORITHMS})
+    algorithm: Algorithm = field(
+        metadata={CLASSES: ALGORITHMS, UNKNOWN: partial(not_registered, "algorithm")}
+    )
     """The federated algorithm: `name` says which, the other keys are its own."""
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     """Scores to compute, and when."""

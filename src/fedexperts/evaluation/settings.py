@@ -67,6 +67,8 @@ class EvaluationSettings:
 
     metrics: tuple[Metric, ...] = ("loss", "rougeL", "exact_match")
     """Scores of a client's test split; without `rougeL` and `exact_match` nothing is generated."""
+    own_metrics: tuple[str, ...] = ()
+    """Registered metrics of your own, also computed on each client's test split (docs/api.md)."""
     max_new_tokens: int = 64
     """Maximum number of tokens of a generated answer."""
     batch_size: int = 32
@@ -90,6 +92,8 @@ class EvaluationSettings:
         for metric in self.metrics:
             if metric not in get_args(Metric):
                 raise UserError(f'evaluation.metrics names "{metric}"; it must name some of {_METRICS}')
+        if len(set(self.own_metrics)) < len(self.own_metrics):
+            raise UserError(f"evaluation.own_metrics names a metric twice: {', '.join(self.own_metrics)}")
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"evaluation.{name} is {getattr(self, name)}; it must be at least {least}")

@@ -148,6 +148,7 @@ def evaluation_refusal(upload: Upload, expected: Mapping[str, Tensor], allowed: 
         if unknown:
             raise UserError(f"metrics have {plain_text(unknown[0])[:60]!r}, which no evaluation gives")
         _check_tensors("beside", upload.beside, expected)
+        _refuse_names("measured", upload.measured)
         negative = [
             name for name, tensor in upload.beside.items() if _is_count(tensor) and bool((tensor < -1).any())
         ]

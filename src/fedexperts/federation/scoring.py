@@ -14,6 +14,7 @@ from fedexperts.data.examples import Example, Question
 from fedexperts.data.split import SPLITS, Split
 from fedexperts.evaluation.examples import evaluate_examples
 from fedexperts.evaluation.multiple_choice import score_exam
+from fedexperts.evaluation.own_metrics import own_scores
 from fedexperts.federation.personal import kept_sha256
 from fedexperts.federation.runtime import ClientRuntime
 from fedexperts.federation.snapshot import take_snapshot, write_snapshot
@@ -106,11 +107,13 @@ class Scorer:
             installed = runtime.algorithm.install(turn.client, kept, download.sent)
             self._check_model(client_id, runtime.algorithm.holds(installed, download.sent))
             metrics = self._scores(client_id, "test", "before")
+            measured = self._own_scores(client_id, "before")
         with runtime.turn(client_id, download.round_number, "evaluate") as turn:
             _, kept_after = runtime.algorithm.client_update(turn.client, kept, download.sent)
             self._check_model(client_id, kept_after.parameters)
             metrics |= self._scores(client_id, "test", "after", keep_predictions=fully)
             metrics |= self._scores(client_id, "validation", "after")
+            measured |= self._own_scores(client_id, "after")
             if fully:
                 beside |= self._full_report(client_id, metrics)
                 snapshot = take_snapshot(runtime.parts, turn.undo.written)
@@ -118,6 +121,7 @@ class Scorer:
         sizes = {f"num_{split}": float(runtime.data.num_examples(client_id, split)) for split in SPLITS}
         return Upload(
             metrics=metrics | sizes,
+            measured=measured,
             beside=beside,
             tables=runtime.algorithm.describe(kept),
             seconds={"evaluate": time.perf_counter() - started},
@@ -192,6 +196,13 @@ class Scorer:
         if keep_predictions:
             self._keep_predictions(client_id, scores.predictions)
         return metrics
+
+    def _own_scores(self, client_id: str, when: str) -> dict[str, float]:
+        """Return the metrics that users registered; none for a client without a usable example."""
+        runtime, settings = self.runtime, self.runtime.settings.evaluation
+        examples = self._usable(client_id, "test", settings.max_test_examples) if settings.own_metrics else []
+        scores = own_scores(runtime.parts.model, examples, runtime.format, settings) if examples else {}
+        return {f"{name}_{when}": value for name, value in scores.items()}
 
     def _keep_predictions(self, client_id: str, predictions: Sequence[Any]) -> None:
         kept = predictions[: self.runtime.settings.evaluation.num_predictions]

@@ -228,7 +228,7 @@ class ServerRun:
         with self.stopwatch.phase("evaluation"):
             scores = self._evaluate(federation, reached, "evaluate")
             exam = self._global_exam(reached.state)
-        means = mean_metrics([client["metrics"] for client in scores.values()])
+        means = mean_metrics([client["algorithm"] | client["metrics"] for client in scores.values()])
         return means | ({"exam_global": exam["accuracy"]} if exam else {})
 
     def _evaluate(self, federation: Federation, reached: Checkpoint, task: str) -> dict[str, dict[str, Any]]:

@@ -58,7 +58,7 @@ def build_result(parts: ResultParts) -> Json:
         "simulated": parts.config["transport"]["connection"] == "",
         "settings": parts.config,
         "clients": clients,
-        "mean": mean_metrics(list(clients.values())),
+        "mean": mean_metrics([client["algorithm"] | client for client in clients.values()]),
         "exam": _exam(parts, clients),
         "matrix": _matrix(parts.scores),
         "bytes": _bytes(parts.clients),
@@ -73,11 +73,11 @@ def build_result(parts: ResultParts) -> Json:
 
 
 def mean_metrics(clients: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the unweighted mean of every score over the clients that have it."""
+    """Return the unweighted mean of every score, own metrics included, over the clients that have it."""
     values: dict[str, list[float]] = {}
     for client in clients:
         for name, value in client.items():
-            if name.endswith(("_base", "_before", "_after")):
+            if name.endswith(("_base", "_before", "_after")) and isinstance(value, int | float):
                 values.setdefault(name, []).append(value)
     return {name: math.fsum(scores) / len(scores) for name, scores in values.items()}
 

@@ -21,6 +21,7 @@ from fedexperts.data.federated import FederatedData, load_federated_data
 from fedexperts.data.prompts import PromptFormat
 from fedexperts.errors import UserError
 from fedexperts.evaluation.multiple_choice import load_exam
+from fedexperts.evaluation.own_metrics import refuse_unknown_metrics
 from fedexperts.federation.personal import PersonalStore
 from fedexperts.federation.runtime import ClientRuntime, RuntimeSettings, Watcher
 from fedexperts.federation.scoring import Scorer
@@ -89,6 +90,8 @@ def open_workbench(
     config: RunConfig, stopwatch: Stopwatch, *, data: FederatedData | None = None
 ) -> Iterator[Workbench]:
     """Load the model, and the data unless they are given; the spooled examples are deleted at the end."""
+    if data is None:
+        refuse_unknown_metrics(config.evaluation)
     with stopwatch.phase("data"):
         data = load_federated_data(config.data, config.seed) if data is None else data
     with data:
