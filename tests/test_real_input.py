@@ -18,7 +18,7 @@ from fedexperts.errors import UserError
 from fedexperts.models.tiny import tiny_model
 from fedexperts.run_directory import read_json
 from fedexperts.running.experiment import run_experiment
-from fedexperts.running.export import export_client, personalised_of_run
+from fedexperts.running.export import export_client, opened_model
 from fedexperts.running.progress import QuietProgress
 
 DATA = os.environ.get("FEDEXPERTS_DATA", "")
@@ -166,9 +166,8 @@ def exported(tiny_checkpoint, tmp_path_factory):
 
 
 def logits_in_the_run(exported, method, when):
-    model = personalised_of_run(exported.folder / method, "client-001", when)[0].model
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
+    with opened_model(exported.folder / method, "client-001", when) as (bench, _, _), torch.no_grad():
+        return bench.parts.model(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

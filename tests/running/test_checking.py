@@ -21,5 +21,5 @@ def test_every_client_label_and_number_can_be_read(make_config, width):
         assert client_id in words
         for label, count in facts["labels"].items():
             assert count == 0 or {label, str(count)} <= set(words)
-    upload = report.as_json()["bytes_per_client_and_round"]["upload"]
+    upload = report.as_json()["bytes_by_client_of_round_1"][0]["upload"]
     assert f"{upload:,} bytes" in shown
