@@ -138,7 +138,7 @@ def _in_place(folder: Path, before: float) -> dict[str, float]:
     """The whole model loaded, made compact, and restored from disk."""
     model, checkpoint = _full(folder), Checkpoint(folder)
     wanted = [_last_down(layer) for layer in seam.find_moe_layers(model)]
-    seam.take_seat(model)
+    seam.install_implementation(model)
     memory, seconds = {"full": anonymous_megabytes() - before}, {}
     start = time.perf_counter()
     compact_model(model, _plans(checkpoint), _merge(checkpoint))

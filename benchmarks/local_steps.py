@@ -136,7 +136,7 @@ def _flex_seconds(ours: Ours) -> float:
     with grafted(parts.layers, [0] * len(parts.layers), GraftForm(), 0) as names:
         meter = GateMeter()
         started = time.perf_counter()
-        with seam.watch_experts(parts.layers, meter.see):
+        with seam.watch_experts(parts.layers, meter.observe):
             groups = [*ours.groups(), ParameterGroup(names=names, lr=lr)]
             local_steps(parts.model, ours.batches, groups, ours.training, seed=0)
         return time.perf_counter() - started

@@ -149,7 +149,7 @@ def run_alone(case: Case) -> dict[str, int]:
 def _build(case: Case, *, small: bool = False) -> tuple[Any, list[str]]:
     sizes = {} if small else _known(case.family, _SIZES) | case.sizes
     model = tiny_model(case.family, dtype=getattr(torch, case.dtype), **sizes).requires_grad_(False)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     layers = seam.find_moe_layers(model)
     if case.trained == "experts":
         return model, sorted(seam.fused_names(seam.expert_names(layers)))

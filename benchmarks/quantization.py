@@ -98,14 +98,14 @@ def _in_new_process(*words: object) -> dict[str, float]:
 
 
 def _in_slots(model: Stack) -> None:
-    seam.take_seat(model)
+    seam.install_implementation(model)
     for layer in seam.find_moe_layers(model):
         split_layer(layer, SlotPlan(num_experts=layer.num_experts, kept=tuple(range(layer.num_experts))))
 
 
 def _in_bits(form: LowBitForm) -> Callable[[Stack], None]:
     def prepare(model: Stack) -> None:
-        seam.take_seat(model)
+        seam.install_implementation(model)
         quantize_experts(seam.find_moe_layers(model), form)
 
     return prepare

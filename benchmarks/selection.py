@@ -203,7 +203,7 @@ def _embedded(model: str) -> nn.Module:
 
 def _profile(model: Any, length: int, repeats: int) -> dict[str, Any]:
     """Overhead of counting, and of the attention received, over a forward pass alone."""
-    seam.take_seat(model)
+    seam.install_implementation(model)
     layers, vocabulary = seam.find_moe_layers(model), model.config.vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocabulary, (4, 4, length), generator=generator)

@@ -152,7 +152,7 @@ def _slots(*, is_merged: bool) -> Callable[[Any], Any]:
         plan = SlotPlan(
             num_experts=SIZES["num_experts"], tuned=tuned, kept=() if is_merged else others, merged=groups
         )
-        seam.take_seat(model)
+        seam.install_implementation(model)
         for layer in seam.find_moe_layers(model):
             split_layer(layer, plan, [_mean(seam.fused_weights(layer), group) for group in groups])
         return model

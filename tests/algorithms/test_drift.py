@@ -327,7 +327,7 @@ def test_the_pull_is_the_gradient_of_the_penalised_loss():
 
 def prepared() -> ModelParts:
     model = tiny_model("qwen2_moe").requires_grad_(False)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     names = add_lora(model, AdapterSettings(rank=2), 0)
     return ModelParts(model=model, layers=seam.find_moe_layers(model), lora_names=names)
 

@@ -57,7 +57,7 @@ def registered(monkeypatch):
 
 def make_parts(dtype=torch.float32):
     model = tiny_model("qwen2_moe").to(dtype).requires_grad_(False)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     names = add_lora(model, AdapterSettings(rank=2), 0)
     return ModelParts(model=model, layers=seam.find_moe_layers(model), lora_names=names)
 

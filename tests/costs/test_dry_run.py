@@ -36,7 +36,7 @@ class RealMeter(Meter):
 
 def with_lora_and_grafts(family: str, dtype: torch.dtype = torch.float32) -> tuple[Any, list[str]]:
     model = tiny_model(family, dtype=dtype).requires_grad_(False)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     names = list(add_lora(model, AdapterSettings(), 0))
     layers = seam.find_moe_layers(model)
     return model, names + list(graft(layers, [0] * len(layers), GraftForm(), 0))
@@ -45,7 +45,7 @@ def with_lora_and_grafts(family: str, dtype: torch.dtype = torch.float32) -> tup
 def with_slots(dtype: torch.dtype = torch.float32) -> tuple[Any, list[str]]:
     """Every token goes to two of six slots, so that the rows are as many as the dry run takes."""
     model = tiny_model("qwen2_moe", dtype=dtype).requires_grad_(False)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     for layer in seam.find_moe_layers(model):
         split_layer(layer, SlotPlan(num_experts=6, tuned=(0, 3), kept=(1, 2, 4, 5)))
     return model, [name for name, _ in model.named_parameters() if ".tuned." in name]

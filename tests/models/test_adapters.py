@@ -68,7 +68,7 @@ def test_lora_at_its_start_changes_no_bit_and_trains_alone(family: str) -> None:
 
 def test_grafts_and_tuned_slots_go_on_training_under_lora() -> None:
     model = tiny_model("qwen2_moe").requires_grad_(False)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     layers = seam.find_moe_layers(model)
     split_layer(layers[0], SlotPlan(num_experts=6, tuned=(1,), kept=(0, 2, 3, 4, 5)))
     graft(layers, [0, 0], GraftForm(), 0)
@@ -289,7 +289,7 @@ def test_setting_out_of_range_is_refused(more: dict[str, Any], sentence: str) ->
 @pytest.mark.parametrize("family", each_family())
 def test_groups_add_up_and_the_large_ones_are_there(family: str) -> None:
     model, names = adapted(family)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     layers = seam.find_moe_layers(model)
     lora = sum(view.numel() for view in seam.tensor_views(model, names).values())
     with grafted(layers, [0, 0], GraftForm(lora_rank=2), 0) as graft_names:

@@ -41,7 +41,7 @@ def logits(model):
 def saved(family: str, folder: Path, **overrides):
     model = tiny_model(family, **overrides).requires_grad_(False)
     model.save_pretrained(folder)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""From a name or a folder to a model in the seat, or one sentence that says why not."""
+"""From a name or a folder to a model with our experts implementation, or one sentence that says why not."""
 
 import json
 import re

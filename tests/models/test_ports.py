@@ -228,7 +228,7 @@ def test_ports_take_the_seat_after_a_llama_has_been_asked(family: str) -> None:
     # transformers keeps on a class whether its experts can be set, and subclasses would inherit it
     assert not LlamaForCausalLM._can_set_experts_implementation()
     model = tiny_model(family)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     assert {layer.experts.config._experts_implementation for layer in seam.find_moe_layers(model)} == {
         seam.IMPLEMENTATION
     }

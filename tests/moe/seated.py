@@ -14,7 +14,7 @@ from fedexperts.moe.surgery.seam import MoeLayer
 
 @dataclass(frozen=True)
 class Seated:
-    """A model in the seat beside the logits that transformers' own grouped_mm gave for the same tokens."""
+    """A model with our experts implementation beside the logits that transformers' own grouped_mm gave for the same tokens."""
 
     family: str
     model: Any
@@ -45,14 +45,14 @@ def random_tokens(*shape: int, seed: int = 0) -> Tensor:
 
 @cache
 def seat(family: str) -> Seated:
-    """The family's tiny model, frozen and in the seat; tests leave it as they found it."""
+    """The family's tiny model, frozen, with our experts implementation; tests leave it as they found it."""
     model = tiny_model(family).requires_grad_(False)
     tokens = random_tokens(2, 20)
     mask = torch.ones_like(tokens)
     model.set_experts_implementation("grouped_mm")
     with torch.no_grad():
         stock = model(input_ids=tokens, attention_mask=mask).logits
-    seam.take_seat(model)
+    seam.install_implementation(model)
     return Seated(family, model, seam.find_moe_layers(model), tokens, mask, stock)
 
 

@@ -129,7 +129,7 @@ def test_limit_below_one_token_is_refused(qwen: Seated) -> None:
 
 def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     model = tiny_model("mixtral", dtype=torch.bfloat16)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     layers = seam.find_moe_layers(model)
     kept = collect_activations(model, layers, padded_batches(), byte_limit=PLENTY, folder=tmp_path)
     layer = kept.layer(1)

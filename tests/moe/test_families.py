@@ -166,11 +166,11 @@ def test_checkpoint_from_the_seat_is_a_plain_checkpoint(seated: Seated, tmp_path
 
 
 def test_leaving_the_seat_gives_the_model_back(seated: Seated) -> None:
-    seam.leave_seat(seated.model)
+    seam.remove_implementation(seated.model)
     try:
         assert torch.equal(seated.logits(), seated.stock_logits)
     finally:
-        seam.take_seat(seated.model)
+        seam.install_implementation(seated.model)
 
 
 def test_expert_views_cover_the_fused_parameters_once(seated: Seated) -> None:

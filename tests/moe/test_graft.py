@@ -179,7 +179,7 @@ def test_one_expert_is_to_be_chosen_for_each_layer(qwen: Seated) -> None:
 def test_meter_gives_the_mean_openness_by_layer(qwen: Seated) -> None:
     meter = GateMeter()
     form = GraftForm(gate_init="zero", gate_bias=0.0)
-    with grafted(qwen.layers, CHOSEN, form, 0), seam.watch_experts(qwen.layers, meter.see):
+    with grafted(qwen.layers, CHOSEN, form, 0), seam.watch_experts(qwen.layers, meter.observe):
         seam.addition_of(qwen.layers[1]).gate_bias.data.fill_(-1e4)
         qwen.logits()
         qwen.logits()
@@ -188,7 +188,7 @@ def test_meter_gives_the_mean_openness_by_layer(qwen: Seated) -> None:
 
 def test_graft_is_float32_beside_a_bfloat16_model() -> None:
     model = tiny_model("qwen2_moe", dtype=torch.bfloat16)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     layers = seam.find_moe_layers(model)
     with grafted(layers, CHOSEN, GraftForm(), 0):
         graft = seam.addition_of(layers[0])
@@ -246,7 +246,7 @@ def test_equal_experts_in_several_places_start_lora_from_different_numbers(qwen:
 def test_meter_means_over_the_gates_of_a_layer(qwen: Seated) -> None:
     meter = GateMeter()
     form = GraftForm(gate_init="zero")
-    with grafted(qwen.layers, [[1, 2], [3, 4]], form, 0), seam.watch_experts(qwen.layers, meter.see):
+    with grafted(qwen.layers, [[1, 2], [3, 4]], form, 0), seam.watch_experts(qwen.layers, meter.observe):
         seam.addition_of(qwen.layers[1])[0].gate_bias.data.fill_(-1e4)
         qwen.logits()
     assert meter.means() == {0: 0.5, 1: 0.25}

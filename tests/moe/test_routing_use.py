@@ -28,7 +28,7 @@ def padded_batch():
 def test_local_steps_count_as_a_pass_of_its_own_does(settings):
     """Padding counts nowhere; recomputation and micro-batches change nothing."""
     model = tiny_model("qwen2_moe").requires_grad_(False)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     layers, batch = seam.find_moe_layers(model), padded_batch()
     counted = torch.stack(count_tokens(model, [batch]))
     weights = torch.zeros(2, 6, dtype=torch.float64)
@@ -56,7 +56,7 @@ def test_local_steps_count_as_a_pass_of_its_own_does(settings):
 
 def test_a_step_that_reaches_no_tuned_expert_is_taken_and_changes_nothing():
     model = tiny_model("qwen2_moe").requires_grad_(False)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     ids = torch.full((1, 2), 7)
     one = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, num_examples=1, num_labels=1)
     layers = seam.find_moe_layers(model)

@@ -173,7 +173,7 @@ def test_a_layer_takes_one_addition(qwen: Seated) -> None:
     with pytest.raises(UserError, match="has grafts already"):
         seam.add_to_layer(layer, Doubled())
     with pytest.raises(UserError, match="has a graft: take it away before"):
-        seam.leave_seat(qwen.model)
+        seam.remove_implementation(qwen.model)
     seam.take_from_layer(layer)
     assert seam.addition_of(layer) is None
 
@@ -206,7 +206,7 @@ def test_a_copy_of_a_seated_model_guards_its_own_slots(qwen: Seated, tmp_path: P
 
 def test_a_seated_model_goes_with_its_last_user() -> None:
     model = tiny_model("qwen2_moe")
-    seam.take_seat(model)
+    seam.install_implementation(model)
     gone = weakref.ref(model)
     del model
     assert gone() is None
@@ -215,15 +215,15 @@ def test_a_seated_model_goes_with_its_last_user() -> None:
 def test_slots_and_grafts_outside_the_seat_are_refused() -> None:
     model = tiny_model("qwen2_moe")
     layers = seam.find_moe_layers(model)
-    with pytest.raises(UserError, match="has not taken the seat"):
+    with pytest.raises(UserError, match="without our experts implementation"):
         split_layer(layers[0], PLAN)
-    with pytest.raises(UserError, match="has not taken the seat"):
+    with pytest.raises(UserError, match="without our experts implementation"):
         graft(layers, [0, 0], GraftForm(), 0)
     assert len(layers[0].experts.down_proj) == 6
 
 
 def test_the_seat_is_not_left_with_slots(qwen: Seated) -> None:
     fused = split_layer(qwen.layers[0], PLAN)
-    with pytest.raises(UserError, match="take it away before the model leaves the seat"):
-        seam.leave_seat(qwen.model)
+    with pytest.raises(UserError, match="remove it before the experts implementation"):
+        seam.remove_implementation(qwen.model)
     restore_layer(qwen.layers[0], fused)

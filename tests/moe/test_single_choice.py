@@ -106,7 +106,7 @@ def test_padding_is_left_out(qwen: Seated) -> None:
 def test_layer_that_is_one_expert_has_that_expert_at_loss_zero() -> None:
     # Two equal experts, both taken by every token with weights that sum to one.
     model = tiny_model("qwen2_moe", num_experts=2, num_experts_per_tok=2, norm_topk_prob=True)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     layers = seam.find_moe_layers(model)
     with torch.no_grad():
         for layer in layers:
@@ -119,7 +119,7 @@ def test_layer_that_is_one_expert_has_that_expert_at_loss_zero() -> None:
 
 def test_lowest_index_wins_a_tie() -> None:
     model = tiny_model("qwen2_moe")
-    seam.take_seat(model)
+    seam.install_implementation(model)
     layers = seam.find_moe_layers(model)
     (free,) = {choice.experts[0] for choice in choose_subsets(model, layers[:1], batches_of(), 1)}
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_no_batch_is_an_error(qwen: Seated) -> None:
 
 def test_weights_that_are_not_finite_are_an_error() -> None:
     model = tiny_model("qwen2_moe")
-    seam.take_seat(model)
+    seam.install_implementation(model)
     layers = seam.find_moe_layers(model)
     layers[1].experts.down_proj.data[3] = float("nan")
     with pytest.raises(UserError, match=r"loss of layer model\.layers\.1\.mlp\.experts is not finite"):

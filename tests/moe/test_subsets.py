@@ -83,7 +83,7 @@ def test_losses_and_choice_are_those_of_a_loop_over_all_subsets(family: str, rul
 def wide() -> Seated:
     """Top-4 of 9 experts, so that three of them are not cut."""
     model = tiny_model("qwen2_moe", num_experts=9, num_experts_per_tok=4).requires_grad_(False)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     tokens = torch.zeros(1, 1, dtype=torch.int64)
     return Seated("qwen2_moe", model, seam.find_moe_layers(model), tokens, tokens + 1, tokens)
 
@@ -185,7 +185,7 @@ def test_router_that_weighs_in_a_way_of_its_own_is_told() -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_weights_that_are_not_finite_are_an_error(size: int) -> None:
     model = tiny_model("qwen2_moe")
-    seam.take_seat(model)
+    seam.install_implementation(model)
     layers = seam.find_moe_layers(model)
     layers[1].experts.down_proj.data[3] = float("nan")
     with pytest.raises(UserError, match=r"loss of layer model\.layers\.\d\.mlp\.experts is not finite"):

@@ -25,7 +25,7 @@ def model(tmp_path):
     made = tiny_model("qwen2_moe")
     made.save_pretrained(tmp_path / "checkpoint")
     made.eval().requires_grad_(False)
-    seam.take_seat(made)
+    seam.install_implementation(made)
     add_lora(made, AdapterSettings(rank=2), 0)
     made.requires_grad_(False)
     return made

@@ -94,7 +94,7 @@ def test_a_tuned_expert_takes_sixteen_bytes_a_parameter() -> None:
 
 def really_quantised(bits: Any) -> tuple[Any, list[str]]:
     model = tiny_model("qwen3_moe", **SIZES).requires_grad_(False)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     names = list(add_lora(model, AdapterSettings(rank=4, target_modules=("q_proj", "k_proj", "v_proj")), 0))
     layers = seam.find_moe_layers(model)
     quantize_experts(layers, LowBitForm(bits=bits))
@@ -134,7 +134,7 @@ def test_flux_plan_is_within_a_tenth_of_the_model_in_slots(memory: int) -> None:
     ]
     assert found.num_tuned
     model = tiny_model("qwen3_moe", **SIZES).requires_grad_(False)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     for index, layer in enumerate(seam.find_moe_layers(model)):
         num_tuned = found.num_tuned // 3 + (index < found.num_tuned % 3)
         groups = tuple(tuple(range(num_tuned + start, 24, 4)) for start in range(4))
@@ -148,7 +148,7 @@ def test_flux_plan_is_within_a_tenth_of_the_model_in_slots(memory: int) -> None:
 def test_dense_plan_is_the_real_model_counted() -> None:
     asked = replace(SMALL, adapter=AdapterSettings(rank=4, target_modules=("attention",)))
     model = tiny_model("qwen3_moe", **SIZES).requires_grad_(False)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     names = list(add_lora(model, asked.adapter, 0))
     layers = seam.find_moe_layers(model)
     names += graft(layers, [0] * len(layers), asked.graft, 0)

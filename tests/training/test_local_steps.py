@@ -18,7 +18,7 @@ from fedexperts.training.settings import TrainingSettings
 
 def make_model(family: str = "qwen2_moe", **overrides):
     model = tiny_model(family, **overrides).requires_grad_(False)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     return model
 
 

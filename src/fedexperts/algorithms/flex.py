@@ -238,7 +238,7 @@ class Flex(Algorithm):
         """Train LoRA, grafts and gates together; send what is shared, keep the rest."""
         kept = self.install(client, kept, sent)
         meter, watched = GateMeter(), self.grafted_layers(client.parts) if self._has_gates else ()
-        with seam.watch_experts(watched, meter.see):
+        with seam.watch_experts(watched, meter.observe):
             result = client.train(self.trained(client.parts, sent), optimizer_state=kept.optimizer)
         means = torch.tensor([mean for _, mean in sorted(meter.means().items())])
         tables = {GATE_MEAN: means} if self._has_gates else {}

@@ -153,12 +153,12 @@ def _gradient(client: Client, groups: Sequence[TrainedGroup]) -> Tensors:
     still = [replace(group, lr_scale=0.0) for group in groups]
     silent = replace(client, on_step=lambda loss: None)
 
-    def see(batch: Batch, name: str, _: Tensor, gradient: Tensor) -> Tensor:
+    def observe(batch: Batch, name: str, _: Tensor, gradient: Tensor) -> Tensor:
         mean.add({name: gradient.cpu()}, {name: float(batch.num_examples)})
         return gradient
 
     for batch in client.calibration_batches(client.num_train):
-        watch = Correction(gradient=partial(see, batch))
+        watch = Correction(gradient=partial(observe, batch))
         silent.train(still, correction=watch, batches=[batch], purpose="variate")
     fused = {name: mean.exact(name).float() for name in mean.names()}
     return seam.unfuse(client.parts.layers, fused)

@@ -53,7 +53,7 @@ def peak_of_local_steps(
     the largest. ``model`` is left as it is, and nothing is computed.
 
     Args:
-        model: in the seat, with adapters, grafts and slots in place; its tensors may be on the meta device.
+        model: with adapters, grafts and slots in place; its tensors may be on the meta device.
         trained: names of the parameters that local steps train.
         shape: of each batch.
         settings: the section ``[training]``.

@@ -37,7 +37,7 @@ def predict_memory(
     """Memory of local steps with the model as it stands, grafts and slots included; nothing is computed.
 
     Args:
-        model: a language model in the seat; its tensors may be on the meta device.
+        model: a language model with our experts implementation; its tensors may be on the meta device.
         trained: names of the parameters that local steps train.
         shape: of the fullest batch.
         settings: the section ``[training]``.

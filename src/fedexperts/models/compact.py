@@ -65,7 +65,7 @@ def load_compact(
     """
     _check_plans(plans, checkpoint.layers)
     model = _load_rest(checkpoint).requires_grad_(False)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     for stored, empty, plan in zip(checkpoint.layers, seam.find_moe_layers(model), plans, strict=True):
         layer = replace(empty, num_experts=stored.num_experts)
         tuned = _Stacked(stored, len(plan.tuned))

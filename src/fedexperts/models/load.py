@@ -98,7 +98,7 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     _refuse_bad_tensors(model, settings.name)
     _refuse_foreign_tokenizer(model, tokenizer, settings.name)
     model.to(device).eval().requires_grad_(False)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     return LoadedModel(model, tokenizer, seam.find_moe_layers(model), settings.name)
 
 

@@ -34,7 +34,7 @@ def export_model(model: Any, folder: Path) -> None:
     layers = seam.find_moe_layers(model)
     of_slots = tuple(f"{seam.slots_name(layer)}." for layer in layers)
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(of_slots)}
-    _refuse_strangers(model, own)
+    _refuse_foreign_tensors(model, own)
     folder.mkdir(parents=True, exist_ok=True)
     fused = {f"{layer.name}.{name}" for layer in layers for name in layer.parameter_names()}
     rest = {name: tensor for name, tensor in own.items() if name not in fused}
@@ -48,7 +48,7 @@ def export_model(model: Any, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def _refuse_strangers(model: Any, own: Mapping[str, Tensor]) -> None:
+def _refuse_foreign_tensors(model: Any, own: Mapping[str, Tensor]) -> None:
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(model.config).state_dict()
     for name in own:

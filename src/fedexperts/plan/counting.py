@@ -64,7 +64,7 @@ class Experts:
 
 
 def build(config: Any, settings: PlanSettings) -> Any:
-    """The language model on the meta device, in the seat, frozen.
+    """The language model on the meta device, with our experts implementation, frozen.
 
     Raises:
         UserError: transformers has no language model of this kind, or it has no experts at the seam.
@@ -77,7 +77,7 @@ def build(config: Any, settings: PlanSettings) -> Any:
         raise UserError(f"no language model can be built from the configuration: {reason}") from error
     model.eval().requires_grad_(False)
     seam.find_moe_layers(model)
-    seam.take_seat(model)
+    seam.install_implementation(model)
     return model
 
 

@@ -58,10 +58,10 @@ def choose_by_routing(
     """
     scores_E = {layer.index: torch.zeros(layer.num_experts, dtype=torch.float64) for layer in layers}
 
-    def see(layer: MoeLayer, batch: LayerActivations) -> None:
+    def observe(layer: MoeLayer, batch: LayerActivations) -> None:
         scores_E[layer.index] += _scores(batch, layer.num_experts, score)
 
-    run_pass(model, batches, (LayerWatch(model, layers, see),), "choose experts by")
+    run_pass(model, batches, (LayerWatch(model, layers, observe),), "choose experts by")
     return [_largest(scores_E[layer.index], size) for layer in layers]
 
 

@@ -199,7 +199,7 @@ class GateMeter:
         self._sum: dict[int, float] = {}
         self._num_tokens: dict[int, int] = {}
 
-    def see(self, layer: MoeLayer, hidden_TD: Tensor, *_: Tensor) -> None:
+    def observe(self, layer: MoeLayer, hidden_TD: Tensor, *_: Tensor) -> None:
         """Add one layer's tokens; pass this to :func:`fedexperts.moe.surgery.seam.watch_experts`."""
         is_token_T = is_token(hidden_TD.shape[0])
         with torch.no_grad():

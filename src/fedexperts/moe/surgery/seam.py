@@ -187,7 +187,7 @@ def _stock(experts: Any, hidden_TD: Tensor, top_k_index_TK: Tensor, top_k_weight
     return cast(Tensor, stock(experts, hidden_TD, top_k_index_TK, top_k_weights_TK))
 
 
-class _Dressed:
+class _WithWeights:
     """An experts module with other weights than its own, for a function that only reads it."""
 
     def __init__(self, experts: Any, weights: dict[str, Tensor]) -> None:
@@ -203,10 +203,10 @@ def run_stock(
     experts: Any, weights: dict[str, Tensor], hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor
 ) -> Tensor:
     """transformers' own function on fused ``weights`` (S, ...), of which ``index_TK`` chooses."""
-    return _stock(_Dressed(experts, weights), hidden_TD, index_TK, weight_TK)
+    return _stock(_WithWeights(experts, weights), hidden_TD, index_TK, weight_TK)
 
 
-def take_seat(model: Any) -> None:
+def install_implementation(model: Any) -> None:
     """Make ``model`` call :func:`experts_forward` in every MoE layer; its numbers do not change by a bit.
 
     ``model.save_pretrained`` raises UserError from now on while a layer has slots or an addition: it would
@@ -217,35 +217,35 @@ def take_seat(model: Any) -> None:
     """
     model.set_experts_implementation(IMPLEMENTATION)
     for layer in find_moe_layers(model):
-        if not _is_seated(layer):
+        if not _uses_implementation(layer):
             raise UserError(
                 f"model class {type(model).__name__} does not let its experts implementation be set"
             )
     model.save_pretrained = _PlainSaving(model)
 
 
-def leave_seat(model: Any) -> None:
+def remove_implementation(model: Any) -> None:
     """Give ``model`` back to transformers' own implementation.
 
     Raises:
         UserError: a layer has slots or an addition, which transformers would not run.
     """
-    found = _first_strange(find_moe_layers(model))
+    found = _first_modification(find_moe_layers(model))
     if found:
-        raise UserError(f"{found}: take it away before the model leaves the seat")
+        raise UserError(f"{found}: remove it before the experts implementation")
     model.set_experts_implementation("grouped_mm")
     vars(model).pop("save_pretrained", None)
 
 
 class _PlainSaving:
-    """``save_pretrained`` of a model in the seat; holds it weakly, so that it goes with its last user."""
+    """``save_pretrained`` of a model with our implementation; holds it weakly, so that it can be freed."""
 
     def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = cast(Any, self._model())  # whoever calls holds it
-        found = _first_strange(find_moe_layers(model))
+        found = _first_modification(find_moe_layers(model))
         if found:
             raise UserError(
                 f"{found}, for which a plain checkpoint has no place: take it away first, or write slots as "
@@ -258,8 +258,8 @@ class _PlainSaving:
         return _PlainSaving, (self._model(),)
 
 
-def _first_strange(layers: Iterable[MoeLayer]) -> str:
-    """What the first layer has that transformers knows nothing of, or nothing."""
+def _first_modification(layers: Iterable[MoeLayer]) -> str:
+    """Return a description of the first layer with slots or a graft, or nothing."""
     for layer in layers:
         if slots_of(layer) is not None:
             return f"layer {layer.name} has slots instead of its experts"
@@ -268,24 +268,27 @@ def _first_strange(layers: Iterable[MoeLayer]) -> str:
     return ""
 
 
-def _is_seated(layer: MoeLayer) -> bool:
+def _uses_implementation(layer: MoeLayer) -> bool:
     implementation: str = cast(Any, layer.experts.config)._experts_implementation
     return implementation == IMPLEMENTATION
 
 
-def _refuse_outside_seat(layer: MoeLayer) -> None:
+def _refuse_without_implementation(layer: MoeLayer) -> None:
     # transformers would run the fused weights alone, or in another order, without a word.
-    if not _is_seated(layer):
-        raise UserError(f"layer {layer.name} is of a model that has not taken the seat: call take_seat first")
+    if not _uses_implementation(layer):
+        raise UserError(
+            f"layer {layer.name} is of a model without our experts implementation: call "
+            "install_implementation first"
+        )
 
 
 def add_to_layer(layer: MoeLayer, addition: nn.Module) -> None:
     """Put ``addition`` (see :class:`Addition`) beside the layer's experts, as a submodule of theirs.
 
     Raises:
-        UserError: the layer's model is not in the seat, or the layer has an addition already.
+        UserError: the layer's model lacks our experts implementation, or the layer has an addition already.
     """
-    _refuse_outside_seat(layer)
+    _refuse_without_implementation(layer)
     if hasattr(layer.experts, _ADDITION):
         raise UserError(f"layer {layer.name} has grafts already: take them away first, or graft all at once")
     layer.experts.add_module(_ADDITION, addition)
@@ -324,9 +327,9 @@ def set_slots(layer: MoeLayer, slots: nn.Module) -> None:
     """Let ``slots`` run instead of the layer's own function, as a submodule of the experts.
 
     Raises:
-        UserError: the layer's model is not in the seat.
+        UserError: the layer's model lacks our experts implementation.
     """
-    _refuse_outside_seat(layer)
+    _refuse_without_implementation(layer)
     layer.experts.add_module(_SLOTS, slots)
     push_undo(lambda: _remove_module(layer, _SLOTS, slots))
 
@@ -344,14 +347,14 @@ def gradient_watch_of(experts: nn.Module) -> Any:
 
 
 @contextmanager
-def watch_gradients(layers: Iterable[MoeLayer], see: Any) -> Iterator[None]:
-    """Call ``see(layer, bank, index, row_gradients)`` in the backward pass for each expert that ran.
+def watch_gradients(layers: Iterable[MoeLayer], observe: Any) -> Iterator[None]:
+    """Call ``observe(layer, bank, index, row_gradients)`` in the backward pass for each expert that ran.
 
     Only layers with slots call it; see :mod:`fedexperts.moe.surgery.rows` for the arguments.
     """
     layers = list(layers)
     for layer in layers:
-        setattr(layer.experts, _GRADIENT_WATCH, partial(see, layer))
+        setattr(layer.experts, _GRADIENT_WATCH, partial(observe, layer))
     try:
         yield
     finally:
@@ -380,16 +383,16 @@ def set_fused(layer: MoeLayer, weights: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def watch_experts(layers: Iterable[MoeLayer], see: Any) -> Iterator[None]:
-    """Call ``see(layer, hidden_TD, top_k_index_TK, top_k_weights_TK, routed_TD)`` after each layer.
+def watch_experts(layers: Iterable[MoeLayer], observe: Any) -> Iterator[None]:
+    """Call ``observe(layer, hidden_TD, top_k_index_TK, top_k_weights_TK, routed_TD)`` after each layer.
 
-    ``routed_TD`` is the experts' sum with any addition; an exception in ``see`` ends the forward pass.
+    ``routed_TD`` is the experts' sum with any addition; an exception in ``observe`` ends the forward pass.
     """
     handles = []
     for layer in layers:
 
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, layer: MoeLayer = layer) -> None:
-            see(layer, args[0], args[1], args[2], output)
+            observe(layer, args[0], args[1], args[2], output)
 
         handles.append(layer.experts.register_forward_hook(hook))
     try:
