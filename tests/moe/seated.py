@@ -14,7 +14,7 @@ from fedexperts.moe.surgery.seam import MoeLayer
 
 @dataclass(frozen=True)
 class Seated:
-    """A model with our experts implementation beside the logits that transformers' own grouped_mm gave for the same tokens."""
+    """A model with our experts implementation, and the logits of transformers' own grouped_mm."""
 
     family: str
     model: Any
