@@ -65,8 +65,10 @@ class PlanSettings:
 
     @property
     def algorithm(self) -> Algorithm:
-        """The method with its defaults and ``graft``. A number without a default is planned as 1: rates change no
-        size, and FedMoE tunes one expert per layer."""
+        """The method with its defaults and ``graft``.
+
+        A number without a default is planned as 1: rates change no size, FedMoE tunes one expert per layer.
+        """
         cls = ALGORITHMS[self.method]
         values: dict[str, Any] = {}
         for item in fields(cls):  # type: ignore[arg-type]
