@@ -139,7 +139,7 @@ def test_a_role_of_all_experts_is_fedavg_of_all_experts(lora, registered, make_c
     assert max(apart) < 1e-5
 
 
-def test_one_client_is_local_training_of_its_experts(make_config, tmp_path, quiet):
+def test_one_client_is_local_training_of_its_experts():
     parts, algorithm = make_parts(), FedMoE(experts_per_layer=2)
     state = planned(algorithm, parts)
     upload = turn(algorithm, parts, state)
@@ -245,7 +245,9 @@ def test_esft_takes_experts_until_their_share_is_reached():
 def test_a_report_that_no_router_gives_stops_nobody(wrong):
     parts, algorithm = make_parts(), Esft()
     state = planned(algorithm, parts)
-    upload = answer(algorithm, parts, state, "a", 1.0, torch.full((2, 6), wrong))
+    tokens = torch.full((2, 6), wrong)
+    tokens[0, 0] = 1
+    upload = answer(algorithm, parts, state, "a", 1.0, tokens)
     after = algorithm.server_update(state, [upload])
     assert algorithm.plan_round(after, ("a",), 2).beside[ROLES][0].any(dim=1).all()
 
@@ -326,7 +328,7 @@ def test_an_expert_outside_the_role_is_refused_by_name():
 # Memory
 
 
-def test_memory_decides_how_many_experts_a_client_tunes(make_config):
+def test_memory_decides_how_many_experts_a_client_tunes():
     """Weights, then 16 bytes for each parameter of one expert per layer."""
     parts = make_parts()
     weights = sum(p.numel() * p.element_size() for p in parts.model.parameters())
