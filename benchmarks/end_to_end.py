@@ -100,8 +100,8 @@ def run_ours(config: RunConfig) -> JobRun:
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(Path(folder) / "run")
         result = run_experiment(config, run.path, progress=QuietProgress())
-        state, lines = load_checkpoint(run), read_lines(run.rounds)
-    assert state is not None
+        reached, lines = load_checkpoint(run), read_lines(run.rounds)
+    assert reached is not None
     seconds, phases = result["seconds"], Counter[str]()
     for line in lines:
         phases.update(
@@ -114,7 +114,7 @@ def run_ours(config: RunConfig) -> JobRun:
         rounds_seconds=seconds["rounds"],
         phases=dict(phases),
         losses=[line["train_loss"] for line in lines],
-        state=state.tensors,
+        state=reached.state.tensors,
     )
 
 
