@@ -162,8 +162,10 @@ def test_feddpa_f_starts_as_finetuning_after_fedavg(run):
     dual = run("feddpa", "algorithm.variant=F", "algorithm.federated_rounds=1", off)
     single = run("fedavg_finetune", "algorithm.federated_rounds=1", off)
     assert dual["server_state_sha256"] == single["server_state_sha256"]
-    alone = kept_by(single)
+    alone, average = kept_by(single), state_of(dual).tensors
     for client, kept in kept_by(dual).items():
+        assert kept.beside.keys() == average.keys()
+        assert first_difference(kept.beside, average) is None
         for name, tensor in kept.parameters.items():
             assert equal_bits(alone[client].beside[name.replace(".own.", ".default.")], tensor), name
 
@@ -209,6 +211,11 @@ def test_the_server_keeps_its_average_while_clients_train_alone(run):
     assert short["exam"]["global"] == long["exam"]["global"]
     assert short["routing"]["tokens_per_expert"]["global"] == long["routing"]["tokens_per_expert"]["global"]
     assert short["personal_sha256"] != long["personal_sha256"]
+    average = state_of(long).tensors
+    for kept in kept_by(long, 3).values():
+        view = FedAvgFinetune(federated_rounds=1).server_view(kept, Sent()).tensors
+        assert view.keys() == average.keys()
+        assert first_difference(view, average) is None
 
 
 def test_the_last_layers_stay(tiny_names):
@@ -248,6 +255,18 @@ def test_dittos_pull_is_lambda_times_the_distance():
     corrected = pull("weight", torch.tensor([[3.0, 0.0]]), torch.tensor([[10.0, 20.0]]))
     assert corrected.tolist() == [[11.0, 21.0]]
     assert Ditto(strength=0).pull(parts, sent) is None
+
+
+def test_a_client_of_ditto_that_joins_late_starts_as_lora_does():
+    model = tiny_model("qwen2_moe")
+    names = add_lora(model, AdapterSettings(rank=2), 0)
+    parts = ModelParts(model=model, layers=seam.find_moe_layers(model), lora_names=names)
+    start = seam.current(model, names)
+    sent = Sent(tensors={name: torch.ones_like(tensor) for name, tensor in start.items()})
+    algorithm = Ditto(strength=0.1)
+    kept = algorithm.install(SimpleNamespace(parts=parts), Kept(), sent)
+    assert first_difference(seam.current(model, names), start) is None
+    assert first_difference(algorithm.holds(kept, sent), start) is None
 
 
 def test_a_strong_pull_keeps_the_personal_model_near_the_average(run):
@@ -386,6 +405,9 @@ def test_an_exported_model_is_the_clients_own(run, tmp_path, name, settings, whe
     loaded = load_personalised(export_client(result["folder"], client, tmp_path / "out", when=when))
     with torch.no_grad():
         assert torch.equal(loaded.model(input_ids=ids).logits, expected)
+    if name == "feddpa":
+        mix = 0.3 if "algorithm.mix=0.3" in settings else 0.5
+        assert adapter_scales(loaded.model) == {"default": 8 * (1 - mix), "own": 8 * mix}
 
 
 @pytest.mark.parametrize("mix", [0.25, 1.0])
