@@ -21,12 +21,15 @@ help:  ## Show this help.
 demo: $(VENV)/.installed  ## FLEx, FedAvg and local-only on the embedded world: table and report (minutes).
 	$(BIN)/fedexperts compare experiments/demo/suite.toml --to runs/demo
 
+# Processes that run test files side by side; each test uses one thread.
+TEST_JOBS ?= 2
+
 test: $(VENV)/.installed-dev  ## The fast tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile
 
 test-all: $(VENV)/.installed-dev  ## The slow tests, and the fast ones in random order; `SEED=...` repeats an order.
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1200
-	$(BIN)/python -m pytest --random-order --random-order-seed $(SEED)
+	$(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile --random-order --random-order-seed $(SEED)
 
 check: $(VENV)/.installed-dev  ## Format, lint and types.
 	$(BIN)/ruff format --check .

@@ -203,7 +203,7 @@ def test_the_export_says_what_it_is(exported):
     record = read_json(exported.folder / "flex-after" / "fedexperts.json")
     assert record["client"] == "client-001"
     assert record["model"]["name"] == str(exported.base)
-    assert len(record["chosen_experts"]) == 2
+    assert [one["layer"] for one in record["grafts"]] == [0, 1]
 
 
 needs_data = pytest.mark.skipif(

@@ -30,7 +30,11 @@ def test_file_and_overrides_make_one_configuration(experiment):
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_the_resolved_configuration_loads_as_an_equal_one(name, tmp_path):
-    required = {key: 1 for key, item in ALGORITHMS[name].__dataclass_fields__.items() if is_required(item)}
+    required = {
+        key: "T" if key == "variant" else 1
+        for key, item in ALGORITHMS[name].__dataclass_fields__.items()
+        if is_required(item)
+    }
     config = build_config({"algorithm": {"name": name, **required}}, "run.toml", ["training.lr=1e-3"])
     resolved = tmp_path / "config.toml"
     resolved.write_text(resolved_toml(config))

@@ -79,7 +79,7 @@ def test_closed_gates_are_federated_averaging(make_config, tmp_path, quiet):
 
 
 def test_number_of_grafts_is_within_bounds(make_config, tmp_path, quiet):
-    with pytest.raises(UserError, match="num_grafts must be from 1 to 8, not 9"):
+    with pytest.raises(UserError, match="num_grafts must be from 0 to 8, not 9"):
         make_config("flex", "algorithm.num_grafts=9")
     with pytest.raises(UserError, match=r"algorithm\.num_grafts is 7: a layer has only 6 experts to copy"):
         run_experiment(make_config("flex", "algorithm.num_grafts=7"), tmp_path / "run", progress=quiet)

@@ -191,7 +191,7 @@ def test_other_amounts_are_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"method": "fedsgd"}, 'method is "fedsgd"; it must be one of fed'),
+        ({"method": "fedsgd"}, 'method is "fedsgd"; it must be one of '),
         ({"batch": 0}, "batch must be at least 1, not 0"),
         ({"label_share": 0.0}, "label_share must be above 0 and at most 1, not 0.0"),
         ({"dtype": "float16"}, 'dtype is "float16"; it must be one of float32, bfloat16'),
