@@ -1,11 +1,13 @@
 """One way down: which module may import which, read from the source."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 import fedexperts
+from fedexperts.algorithms import ALGORITHMS
 
 ROOT = Path(fedexperts.__file__).parent
 
@@ -184,3 +186,34 @@ def test_imports_are_absolute_and_at_the_top():
         assert module in lazy or ours == [], module
         relative = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
         assert relative == [], module
+
+
+METHODS = {name: cls.__module__.rpartition(".")[2] for name, cls in ALGORITHMS.items()}
+NAMED_ELSEWHERE = {"plan.settings": {"flex"}, "api": {"fedavg"}}
+"""Defaults: the method that a plan is made for, and the one that loading a model without any takes."""
+
+
+def texts_in(tree):
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
+def test_a_method_is_one_file_one_line_and_one_page():
+    """No other file of the package names a method or imports its module, so a new one changes none."""
+    docs = ROOT.parents[1] / "docs" / "algorithms"
+    pages = {page.stem: page.read_text() for page in docs.glob("*.md")}
+    for module, tree in TREES.items():
+        if module.split(".")[0] != "algorithms":
+            imported = {(own(name) or "").removeprefix("algorithms.") for name, _ in imports_of(tree)}
+            assert not imported & set(METHODS.values()), module
+            assert texts_in(tree) & set(METHODS) <= NAMED_ELSEWHERE.get(module, set()), module
+    registry = (ROOT / "algorithms" / "__init__.py").read_text()
+    for name, module in METHODS.items():
+        assert f"algorithms.{module}" in TREES, f"{name} has no file"
+        assert len(re.findall(rf'^    "{name}": ', registry, re.MULTILINE)) == 1, (
+            f"{name} has no line of its own"
+        )
+        assert any(re.search(rf"\b{name}\b", text) for text in pages.values()), f"{name} is on no page"
