@@ -70,7 +70,7 @@ def rows_of(text, method):
     return [row for row in text.splitlines() if row.startswith(f"| `{method}` |")]
 
 
-@pytest.mark.parametrize("method", ["flex", "local_only", "fedavg_experts", "fedavg"])
+@pytest.mark.parametrize("method", ["flex", "local_graft", "local_only", "fedavg_experts", "fedavg"])
 def test_the_readme_s_figures_are_those_of_the_results(method):
     summary = rows_of((ROOT / "README.md").read_text(), method)[0]
     full = rows_of((ROOT / "docs/results.md").read_text(), method)[0]
