@@ -45,7 +45,7 @@ class Scaffold(FedAvg):
     """A client's new variate: the mean gradient of its local steps (option II), or the gradient of all its
     training examples at the server's tensors (option I), which takes another pass over them."""
     correction: Literal["gradient", "parameter"] = "gradient"
-    """Where c - c_i goes: into each gradient (paper), or, times the learning rate, into the parameter after
+    """Place of c - c_i: in each gradient (paper), or, times the learning rate, in the parameter after
     each step of the optimizer (FLEx's release)."""
     weighting: Weighting = "equal"
     """Clients in the mean of tensors: equal (paper), or by their examples (FLEx's release)."""

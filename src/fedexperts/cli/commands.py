@@ -1,4 +1,4 @@
-"""What each command does: read its arguments, call what does the work, print what came of it.
+"""Commands: read the arguments, call the code that does the work, print its outcome.
 
 Whatever needs torch is imported inside the commands, so that ``fedexperts --help`` answers at once.
 """

@@ -50,7 +50,7 @@ def predict_memory(
 def memory_before_activations(
     model: Any, trained: Sequence[str], settings: TrainingSettings
 ) -> PredictedMemory:
-    """What of :func:`predict_memory` does not depend on the batch; its activations are 0."""
+    """Return the part of :func:`predict_memory` that does not depend on the batch; activations are 0."""
     wanted = set(trained)
     parameters = {name: p for name, p in model.named_parameters() if name in wanted}
     state = blank_state(parameters, settings)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 from fedexperts.algorithms.api import ClientFacts
 from fedexperts.federation.edge import read_answer
@@ -31,7 +32,7 @@ class InProcess:
             downloaded = time.perf_counter()
             upload = self._runtime.handle(client_id, received)
             answered = time.perf_counter()
-            returned, num_bytes = read_answer(lambda: encode_upload(upload))  # noqa: B023
+            returned, num_bytes = read_answer(partial(encode_upload, upload))
             ended = time.perf_counter()
             yield Delivery(
                 client_id=client_id,

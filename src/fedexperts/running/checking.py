@@ -33,7 +33,7 @@ class CheckedClient:
     """One client's row."""
 
     row: LabelRow
-    """Who it is, the sizes of its splits, and its labels."""
+    """Its id, the sizes of its splits, and its labels."""
     counts: BatchCounts
     """Of its training examples: tokens, labels, truncated, without label."""
     num_usable_tests: int

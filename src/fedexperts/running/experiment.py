@@ -105,7 +105,7 @@ def _run(config: RunConfig, run: RunDirectory, progress: Progress) -> dict[str, 
 
 
 def device_of(parts: ModelParts) -> torch.device:
-    """Where the model lives."""
+    """Return the device of the model."""
     return next(parts.model.parameters()).device
 
 
