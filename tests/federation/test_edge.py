@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_flower_apps import run_over_grid
 
+from fedexperts.algorithms.api import Algorithm
 from fedexperts.federation import flower_client, inprocess
 from fedexperts.federation.runtime import ClientRuntime
 from fedexperts.messages import HEADER_BLOCK, Upload, encode_upload
@@ -196,3 +197,21 @@ def test_a_change_above_the_cap_is_refused(run):
     (failure,) = read_json(run(far, "cohort.max_change_norm=1000") / "result.json")["failures"]
     assert failure["client"] == HOSTILE
     assert "above cohort.max_change_norm = 1000" in failure["reason"]
+
+
+def test_a_round_whose_mean_is_not_finite_changes_nothing(make_config, tmp_path, quiet, monkeypatch):
+    fold = Algorithm.server_update
+
+    def overflow(self, state, uploads):
+        after = fold(self, state, uploads)
+        if state.round_number:
+            return after
+        return replace(after, tensors={n: torch.full_like(t, INF) for n, t in after.tensors.items()})
+
+    monkeypatch.setattr(Algorithm, "server_update", overflow)
+    folder = tmp_path / "run"
+    result = run_experiment(make_config("fedavg", *SMALL, "rounds=2"), folder, progress=quiet)
+    named = [(failure["round"], failure["client"]) for failure in result["failures"]]
+    assert named == [(1, client) for client in ("client-000", HOSTILE, "client-002")]
+    assert {line["round"] for line in read_lines(folder / "clients.jsonl")} == {2}
+    assert result["mean"]["loss_after"] > 0
