@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 import torch
 from transformers import AutoTokenizer
-from tuned_parts import make_parts
+from turns import make_parts
 
 from fedexperts.algorithms.closed_gates import ClosedGates, closing_gradients
 from fedexperts.data.batches import Batch

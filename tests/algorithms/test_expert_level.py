@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file
-from tuned_parts import CLIENTS, ExpertsOnly, make_parts, planned
+from turns import CLIENTS, ExpertsOnly, make_parts, planned
 
 from fedexperts.algorithms import ALGORITHMS
 from fedexperts.algorithms.api import Client, ClientFacts, Kept

@@ -5,11 +5,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tuned_parts import CLIENTS, ExpertsOnly, make_parts, planned
+from turns import CLIENTS, ExpertsOnly, make_batch, make_client, make_parts, planned, run, turn
 
 from fedexperts.algorithms import ALGORITHMS
-from fedexperts.algorithms.api import Client, Kept
+from fedexperts.algorithms.api import Kept
 from fedexperts.algorithms.flux import (
     EXPLORED,
     FREQUENCY,
@@ -34,7 +33,6 @@ from fedexperts.moe.surgery.slots import SlotPlan, split_layer
 from fedexperts.moe.surgery.undo import undone
 from fedexperts.run_directory import read_lines
 from fedexperts.running.experiment import run_experiment
-from fedexperts.training.settings import TrainingSettings
 
 SMALL = ("algorithm.num_tuned=4", "algorithm.merged_per_layer=2")
 
@@ -51,42 +49,6 @@ def registered(monkeypatch):
     """The registry with the two variants above."""
     monkeypatch.setitem(ALGORITHMS, "stock_flux", StockFlux)
     monkeypatch.setitem(ALGORITHMS, "experts_only", ExpertsOnly)
-
-
-def make_batch(seed=2):
-    ids = torch.randint(3, 100, (4, 12), generator=torch.Generator().manual_seed(seed))
-    labels = torch.where(torch.arange(12) < 4, -100, ids)
-    return Batch(
-        input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, num_examples=4, num_labels=32
-    )
-
-
-def make_client(parts, client_id="a", round_number=1, num_steps=2):
-    return Client(
-        client_id=client_id,
-        round_number=round_number,
-        num_rounds=6,
-        seed=4,
-        parts=parts,
-        training=TrainingSettings(batch_size=4, num_local_steps=num_steps),
-        num_train=5,
-        draw_batches=lambda: [make_batch(at) for at in range(num_steps)],
-        calibration_batches=lambda largest: [make_batch(8), make_batch(9)],
-    )
-
-
-def turn(algorithm, parts, state, client_id="a", kept=None, **client):
-    """One client's upload and what it keeps; the model is undone."""
-    with undone(parts.model, parts.layers):
-        return algorithm.client_update(
-            make_client(parts, client_id, **client), kept or Kept(), algorithm.download(state, client_id)
-        )
-
-
-def run(config, folder, quiet):
-    result = run_experiment(config, folder, progress=quiet)
-    path = max(folder.rglob("state-round-*.safetensors"))
-    return result, load_file(path)
 
 
 # Degenerate cases

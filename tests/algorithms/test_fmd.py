@@ -35,7 +35,7 @@ def rounds(algorithm, parts, number=2):
     """The server's tensors after some rounds of two clients."""
     state = planned(algorithm, parts, ("a", "b"))
     for round_number in range(1, number + 1):
-        uploads = [(name, turn(algorithm, parts, state, name, round_number=round_number)) for name in "ab"]
+        uploads = [(name, turn(algorithm, parts, state, name, round_number=round_number)[0]) for name in "ab"]
         state = algorithm.server_update(state, uploads)
     return state.tensors
 
@@ -78,7 +78,7 @@ def test_prefetched_experts_train_as_resident_ones_in_as_few_bits_do(num_held, s
 
 
 def figures(algorithm, parts, **client):
-    return turn(algorithm, parts, planned(algorithm, parts), "a", **client).measured
+    return turn(algorithm, parts, planned(algorithm, parts), "a", **client)[0].measured
 
 
 def test_with_room_for_all_each_expert_is_read_once_in_a_step_and_used_twice():

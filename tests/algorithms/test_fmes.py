@@ -65,7 +65,7 @@ def test_tokens_skip_the_experts_that_are_dropped_and_their_choices_count():
         assert (
             sum(len(weight) for layer in parts.layers for weight in seam.fused_weights(layer).values()) == 0
         )
-    upload = turn(algorithm, parts, state)
+    upload, _ = turn(algorithm, parts, state)
     # Two steps of 48 tokens that choose 2 of 6 experts.
     assert upload.beside["tokens"].sum(1).tolist() == [2 * 48 * 2] * 2
     assert upload.tensors.keys() == set(names_of_role(parts.layers, role_LE))
@@ -75,7 +75,7 @@ def test_only_changed_experts_of_the_role_travel_down():
     parts, algorithm = make_parts(), Fmes(num_tuned=3)
     state = planned(algorithm, parts)
     assert algorithm.download(state, "a").tensors == {}
-    uploads = [(name, turn(algorithm, parts, state, name)) for name in ("a", "b", "c")]
+    uploads = [(name, turn(algorithm, parts, state, name)[0]) for name in ("a", "b", "c")]
     state = algorithm.plan_round(algorithm.server_update(state, uploads), ("a", "b", "c"), 2)
     due = (state.beside[CHANGED] > 0) & state.beside[ROLES][0]
     assert due.any()

@@ -23,7 +23,7 @@ from fedexperts.training.settings import TrainingSettings
 
 def trained_once(algorithm, parts):
     state = planned(algorithm, parts, ("a", "b"))
-    uploads = [(name, turn(algorithm, parts, state, name)) for name in "ab"]
+    uploads = [(name, turn(algorithm, parts, state, name)[0]) for name in "ab"]
     return algorithm.server_update(state, uploads).tensors
 
 
@@ -134,7 +134,7 @@ def test_lora_of_experts_starts_alike_for_all_clients_and_changes_nothing():
 
 def test_masters_keep_steps_that_are_too_small_for_a_code():
     parts, algorithm = make_parts(), Fmq(bits=2)
-    upload = turn(algorithm, parts, planned(algorithm, parts), num_steps=1)
+    upload, _ = turn(algorithm, parts, planned(algorithm, parts), num_steps=1)
     before, form = planned(algorithm, parts).tensors, LowBitForm(bits=2)
     name = "model.layers.0.mlp.experts.0.down_proj"
     codes = [quantize(tensors[name], form)[0] for tensors in (before, upload.tensors)]

@@ -5,8 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tuned_parts import make_parts, planned
+from turns import make_parts, planned, run
 
 from fedexperts.algorithms import ALGORITHMS
 from fedexperts.algorithms.api import ClientFacts
@@ -27,12 +26,6 @@ class StockGraftAndMerge(GraftAndMerge):
     """Graft and merge that sums over experts in the order in which transformers does."""
 
     order: ClassVar = "stock"
-
-
-def run(config, folder, quiet):
-    result = run_experiment(config, folder, progress=quiet)
-    path = max(folder.rglob("state-round-*.safetensors"))
-    return result, load_file(path)
 
 
 def test_room_for_every_expert_is_flex_with_averaged_experts(make_config, tmp_path, quiet, monkeypatch):

@@ -40,6 +40,7 @@ class ExpertsByRows(ExpertsOnly):
 
 
 def make_parts(dtype=torch.float32, **settings):
+    """A tiny Qwen2-MoE with LoRA of rank 2."""
     model = tiny_model("qwen2_moe", **settings).to(dtype).requires_grad_(False)
     seam.install_implementation(model)
     names = add_lora(model, AdapterSettings(rank=2), 0)
@@ -47,6 +48,7 @@ def make_parts(dtype=torch.float32, **settings):
 
 
 def planned(algorithm, parts, cohort=("a", "b", "c"), clients=CLIENTS):
+    """The server's state with the first round's roles."""
     state = replace(algorithm.init(parts, clients), seed=4, num_rounds=6)
     return algorithm.plan_round(state, cohort, 1)
 
@@ -73,14 +75,15 @@ def make_client(parts, client_id="a", round_number=1, num_steps=2):
     )
 
 
-def turn(algorithm, parts, state, client_id="a", **client):
-    """One client's upload; the model is undone."""
+def turn(algorithm, parts, state, client_id="a", kept=None, **client):
+    """One client's upload and what it keeps; the model is undone."""
     sent = algorithm.download(state, client_id)
     with undone(parts.model, parts.layers):
-        return algorithm.client_update(make_client(parts, client_id, **client), Kept(), sent)[0]
+        return algorithm.client_update(make_client(parts, client_id, **client), kept or Kept(), sent)
 
 
 def run(config, folder, quiet):
+    """A whole run's result, and the tensors of the server's last state."""
     result = run_experiment(config, folder, progress=quiet)
     path = max(folder.rglob("state-round-*.safetensors"))
     return result, load_file(path)
