@@ -28,7 +28,7 @@ from fedexperts.tensors import WeightedMean
 RIVALS = {"fedexperts": "FedExperts", "flower": "Flower's FedAvg"}
 NUM_TENSORS = 16
 LAST_SECONDS = 10.0
-"""When the first client of the cohort answers; all others have answered by then."""
+"""Seconds until the first client of the cohort answers; all others have answered by then."""
 
 
 def update(megabytes: float) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ class Diagnosis:
     problems: tuple[str, ...]
     """A sentence for each file that is missing or damaged."""
     to_do: str = ""
-    """What to do about them."""
+    """Advice about them."""
 
 
 def examine(folder: Path) -> Diagnosis:

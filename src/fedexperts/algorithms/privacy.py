@@ -31,8 +31,8 @@ class PrivacySettings:
     noise_multiplier: float = 0.0
     """Standard deviation of the Gaussian noise as a multiple of ``clip_norm``; 0 clips alone."""
     noise: Literal["server", "client"] = "server"
-    """Who adds the noise. ``server``: to the sum of a round; it protects clients from all who get the model,
-    not from the server. ``client``: all of it to each upload; it protects from the server too, and the mean
+    """Place of the noise. ``server``: in the sum of a round; it protects clients from all who get the model,
+    not from the server. ``client``: in each upload, all of it; it protects from the server too, and the mean
     has much more noise."""
     delta: float = 1e-5
     """Probability with which the bound epsilon may fail; well below 1 / number of clients."""

@@ -43,7 +43,7 @@ class ExtractionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Extraction:
-    """What a model gave away of some texts."""
+    """Texts that a model was asked for, and those that it gave away."""
 
     best: tuple[float, ...]
     """Similarity of the best continuation of each text, from 0 to 1."""

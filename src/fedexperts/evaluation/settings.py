@@ -8,7 +8,7 @@ from fedexperts.errors import UserError
 Metric = Literal["loss", "rougeL", "exact_match"]
 """``loss`` brings perplexity with it; the other two generate answers."""
 WHENS = ("before", "after")
-"""When a client's own model is scored: before and after its local steps."""
+"""Times at which a client's own model is scored: before and after its local steps."""
 AnswerForm = Literal["text", "letter"]
 
 

@@ -28,7 +28,7 @@ class _Turn:
     client_id: str
     uploaded: float
     ready: float
-    """When the client could begin the next round."""
+    """Time at which the client could begin the next round."""
     upload_bytes: int
 
 

@@ -57,7 +57,7 @@ GRACE_SECONDS = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How long a server waits, and for how many."""
+    """Limits of a server's waiting."""
 
     answer_seconds: float
     """Longest wait until every client is there, and for one client's answer."""
@@ -83,7 +83,7 @@ class _Sent:
     failure: str = ""
     fenced: str = ""
     blobs: list[Callable[[], bytes]] = field(default_factory=list)
-    """What came: one answer, unless a client sends more."""
+    """Answers that came: one, unless a client sends more."""
 
     @property
     def is_settled(self) -> bool:

@@ -47,7 +47,7 @@ class RoundRecord:
     refused: dict[str, int] = field(default_factory=dict)
     """Uploads that did not count whatever they brought, by the names of ``federation.ledger.FENCES``."""
     simulated: dict[str, Any] | None = None
-    """What the clock says of the round; None without one."""
+    """Figures of the clock for the round; None without one."""
 
     def line(self, state: ServerState) -> dict[str, Any]:
         """Return the round's line in rounds.jsonl."""

@@ -55,7 +55,7 @@ ROUTING_NAMES = tuple(name for names in ROUTINGS.values() for name in names)
 SUBJECTS = "exam_by_subject"
 """Beside a full evaluation: exam accuracy by subject, float64, in the order of :attr:`Scorer.subjects`."""
 UNTOLD = frozenset({*ROUTING_NAMES, SUBJECTS})
-"""What a site may leave out of an evaluation."""
+"""Parts of an evaluation that a site may leave out."""
 _MISSING = -1.0
 """In the matrix: the other client has no test example with a label. By subject: no question fits."""
 _COUNTS = (

@@ -72,7 +72,7 @@ class Delivery:
     measured: dict[str, float] = field(default_factory=dict)
     """Measured by the transport of the process that took the turn, for the log and the report."""
     fenced: str = ""
-    """Why the upload does not count whatever it brings: a key of ``federation.ledger.FENCES``."""
+    """Key of ``federation.ledger.FENCES`` for an upload that does not count, whatever it brings."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,7 @@ class ModelSettings:
     experts_bits: ExpertsBits = 0
     """Bits in which the frozen routed experts are held: 8, 4, 3 or 2; 0 holds them in ``dtype``."""
     experts_kernel: ExpertsKernel = "transformers"
-    """How frozen routed experts are computed: by transformers' grouped product, or by ``rows``, one expert
+    """Computation of frozen routed experts: by transformers' grouped product, or by ``rows``, one expert
     after the other, which takes less memory and, on a CPU, time; experts in few bits always run so."""
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ class SlotFit:
     fits: bool
     """Whether at least one expert is tuned, and the profile fits too."""
     not_in_run: str
-    """Why ``run`` cannot do it; empty where it can."""
+    """Reason why ``run`` cannot do it; empty where it can."""
 
     @property
     def settings(self) -> str:

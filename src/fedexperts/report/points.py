@@ -55,7 +55,7 @@ def _around_zero(low: float, high: float, *, least: float) -> tuple[float, float
 
 @dataclass(frozen=True, kw_only=True)
 class _Label:
-    """Where a name stands, in inches from the lower left corner of the axes."""
+    """Place of a name, in inches from the lower left corner of the axes."""
 
     x: float
     y: float

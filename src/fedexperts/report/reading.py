@@ -36,9 +36,9 @@ class Turn:
     simulated: dict[str, float]
     """Simulated seconds by phase; empty without a clock."""
     numbers: dict[str, float]
-    """What was measured under :data:`TURN_NUMBERS`."""
+    """Numbers measured under :data:`TURN_NUMBERS`."""
     tables: dict[str, list[list[int]]]
-    """What was measured under :data:`TURN_TABLES`, by MoE layer and expert."""
+    """Tables measured under :data:`TURN_TABLES`, by MoE layer and expert."""
 
 
 @dataclass(frozen=True, kw_only=True)

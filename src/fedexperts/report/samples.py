@@ -9,7 +9,7 @@ from fedexperts.report.tables import Table, make_table
 from fedexperts.run_directory import RunDirectory, read_json
 
 _ORIGINS = {"predictions": "own test split", "off_task": "outside its task"}
-"""Where prompts come from, by their part of a file of answers."""
+"""Origins of prompts, by their part of a file of answers."""
 
 
 def sample_tables(methods: Sequence[Method]) -> list[Table]:

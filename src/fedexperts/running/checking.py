@@ -72,7 +72,7 @@ class CheckReport:
     roles: Mapping[str, PredictedRole] = field(default_factory=dict)
     """Roles of the first round by client; empty for a method without roles."""
     quantised: str = ""
-    """Which experts are in few bits; empty where none is."""
+    """Sentence about experts in few bits; empty where none is."""
 
     def render(self) -> list[RenderableType]:
         """Tables for a terminal."""

@@ -102,7 +102,7 @@ def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def _clock(parts: ResultParts, last: Mapping[str, float]) -> Json:
-    """What the clock adds to a result: nothing where there is none."""
+    """Return the clock's part of a result: nothing where there is none."""
     if parts.clock is None:
         return {}
     return {"clock": summary_of(parts.clock, parts.rounds, parts.clients, last)}
