@@ -1,5 +1,6 @@
 """Every experiment and suite in the repository loads."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,10 @@ def test_it_loads(file):
 
 def test_there_are_some():
     assert "experiments/demo/suite.toml" in FILES
+
+
+def test_the_published_figures_are_those_of_the_suite_s_runs():
+    folder = ROOT / "experiments/methods"
+    published = {(each["name"], each["seed"]) for each in json.loads((folder / "results.json").read_text())}
+    planned = load_suite(folder / "suite.toml").runs
+    assert published == {(each.name, each.values["seed"]) for each in planned}
