@@ -1,6 +1,7 @@
 """The files in deploy/ call FedExperts by commands that it has."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import yaml
 
 from fedexperts.cli.parser import build_parser
 
-DEPLOY = Path(__file__).parents[1] / "deploy"
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
 
 
 def commands():
@@ -34,3 +36,11 @@ def test_the_proxy_passes_what_sites_need_and_refuses_the_rest():
     assert rules == {"/v1/fleet/": to_link, "= /health": to_link, "/": "return 403"}
     for name in ("compose.server.yaml", "fedexperts-server.service"):
         assert "127.0.0.1:9093" in (DEPLOY / name).read_text()
+
+
+def test_the_image_gets_what_the_package_is_built_from_and_nothing_else():
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {"pyproject.toml", "constraints.txt", "src", project["readme"], *project["license-files"]}
+    assert lines[0] == "*"
+    assert {line[1:] for line in lines if line.startswith("!")} == needed
