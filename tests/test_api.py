@@ -177,7 +177,7 @@ def test_tensorboard_has_every_number_of_the_rounds_and_the_means(tmp_path):
 
 def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r'pip install "fedexperts\[tensorboard\]"'):
+    with pytest.raises(UserError, match=r"tensorboard: run pip install -e '\.\[tensorboard\]'"):
         fedexperts.TensorBoard(tmp_path)
 
 

@@ -20,6 +20,13 @@ class UserError(ValueError):
     """
 
 
+def needs_extra(user: str, package: str, extra: str) -> UserError:
+    """Return the error of ``user``, a setting or a class, where the ``package`` of an extra is absent."""
+    return UserError(
+        f"{user} needs the package {package}: run pip install -e '.[{extra}]' in the clone of FedExperts"
+    )
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether a device has no space left, or the user's quota is spent."""
     return _errno_of(error) in (errno.ENOSPC, errno.EDQUOT)

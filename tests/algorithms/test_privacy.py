@@ -115,7 +115,7 @@ def test_epsilon_is_above_the_exact_one_of_a_gaussian():
 
 def test_without_the_accountant_noise_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "opacus.accountants.analysis", None)
-    with pytest.raises(UserError, match=r"needs an accountant: pip install 'fedexperts\[privacy\]'"):
+    with pytest.raises(UserError, match=r"package opacus: run pip install -e '\.\[privacy\]'"):
         epsilon_of(PrivacySettings(clip_norm=1.0, noise_multiplier=1.0), 1)
 
 

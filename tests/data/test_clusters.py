@@ -107,7 +107,7 @@ def test_inputs_that_give_no_such_clusters_are_refused(examples, sentence):
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(UserError, match=r'pip install "fedexperts\[clusters\]"'):
+    with pytest.raises(UserError, match=r"scikit-learn: run pip install -e '\.\[clusters\]'"):
         cluster_inputs(inputs(2), 2, seed=0)
 
 

@@ -161,7 +161,7 @@ def test_a_hub_data_set_without_the_library_says_what_to_install(monkeypatch):
         return real_import(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", without_datasets)
-    with pytest.raises(UserError, match=r"pip install \"fedexperts\[hub\]\""):
+    with pytest.raises(UserError, match=r"datasets: run pip install -e '\.\[hub\]'"):
         read("owner/name")
 
 

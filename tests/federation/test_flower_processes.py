@@ -32,7 +32,7 @@ def same(run):
 
 def test_without_flower_the_extra_is_named(make_config, tmp_path, quiet, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "fedexperts\[flower\]"'):
+    with pytest.raises(UserError, match=r"package flwr: run pip install -e '\.\[flower\]'"):
         run_experiment(make_config("flex", "transport.name=flower"), tmp_path / "run", progress=quiet)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import ssl
 import stat
+import sys
 
 import pytest
 from cryptography import x509
@@ -108,3 +109,9 @@ def test_the_command_writes_them_and_overwrites_nothing(tmp_path, capsys):
     assert main(command) == 2
     assert "is already in use" in capsys.readouterr().err
     assert (tmp_path / "keys" / "authority" / "ca.key").read_bytes() == before
+
+
+def test_without_flower_s_extra_the_command_names_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fedexperts.federation.keys", None)
+    assert main(["keys", str(tmp_path / "keys"), "--sites", "north"]) == 2
+    assert "needs the package cryptography: run pip install -e '.[flower]'" in capsys.readouterr().err

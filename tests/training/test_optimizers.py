@@ -198,5 +198,5 @@ def test_8_bit_moments_train_almost_as_32_bit_ones():
 
 def test_without_its_package_8_bit_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match=r'pip install "fedexperts\[low-bit-optimizer\]"'):
+    with pytest.raises(UserError, match=r"bitsandbytes: run pip install -e '\.\[low-bit-optimizer\]'"):
         make(make_parameters(), SETTINGS["adamw8bit"])

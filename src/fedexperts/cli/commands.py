@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedexperts.cli.exit_codes import NOTHING_FITS, OK, SOME_FAILED, Interrupted
-from fedexperts.errors import UserError
+from fedexperts.errors import UserError, needs_extra
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,7 +95,10 @@ def site(given: Namespace) -> int:
 
 def keys(given: Namespace) -> int:
     """Make the certificates and keys of a trial federation."""
-    from fedexperts.federation.keys import AUTHORITY, SERVER, make_keys
+    try:
+        from fedexperts.federation.keys import AUTHORITY, SERVER, make_keys
+    except ImportError as error:
+        raise needs_extra("fedexperts keys", "cryptography", "flower") from error
 
     sites = [name for name in given.sites.split(",") if name]
     hosts = [name for name in given.hosts.split(",") if name]

@@ -6,12 +6,10 @@ from typing import Any
 import numpy as np
 
 from fedexperts.algorithms.privacy import PrivacySettings
-from fedexperts.errors import UserError
+from fedexperts.errors import needs_extra
 
 _ORDERS = [1 + 10**exponent for exponent in np.linspace(-2, 4, 241).tolist()]
 """Orders of the Rényi divergences among which the accountant takes the best."""
-
-INSTALL = "privacy.noise_multiplier needs an accountant: pip install 'fedexperts[privacy]'"
 
 
 def epsilon_of(settings: PrivacySettings, num_turns: int) -> float:
@@ -29,7 +27,7 @@ def epsilon_of(settings: PrivacySettings, num_turns: int) -> float:
     try:
         from opacus.accountants.analysis import rdp
     except ImportError as error:
-        raise UserError(INSTALL) from error
+        raise needs_extra("privacy.noise_multiplier", "opacus", "privacy") from error
     spent = rdp.compute_rdp(
         q=1.0, noise_multiplier=settings.noise_multiplier, steps=num_turns, orders=_ORDERS
     )

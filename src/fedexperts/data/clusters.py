@@ -8,7 +8,7 @@ import numpy as np
 
 from fedexperts.data.examples import Example
 from fedexperts.data.partition import Codes
-from fedexperts.errors import UserError
+from fedexperts.errors import UserError, needs_extra
 
 MOST_WORDS: Final = 20_000
 """Words of the vectors, the most frequent ones; bounds the memory of the centroids."""
@@ -30,10 +30,7 @@ def cluster_inputs(examples: Iterable[Example], num_clusters: int, *, seed: int)
         from sklearn.feature_extraction.text import TfidfVectorizer
         from threadpoolctl import threadpool_limits
     except ImportError:
-        raise UserError(
-            'data.partition.kind "clusters" needs the library `scikit-learn`: '
-            'pip install "fedexperts[clusters]".'
-        ) from None
+        raise needs_extra('data.partition.kind = "clusters"', "scikit-learn", "clusters") from None
     texts = (f"{example.instruction}\n{example.context}" for example in examples)
     try:
         vectors_NW = TfidfVectorizer(max_features=MOST_WORDS, sublinear_tf=True).fit_transform(texts)

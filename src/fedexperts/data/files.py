@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Final
 
-from fedexperts.errors import UserError
+from fedexperts.errors import UserError, needs_extra
 
 Record = tuple[str, Mapping[str, Any]]
 """File and line (or number of the record), and the record's fields."""
@@ -124,9 +124,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Record]:
     try:
         import datasets  # an optional dependency
     except ImportError:
-        raise UserError(
-            f'file "{path}" needs the library `datasets`: pip install "fedexperts[hub]".'
-        ) from None
+        raise needs_extra(f'file "{path}"', "datasets", "hub") from None
     try:
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         for number, row in enumerate(rows, start=1):

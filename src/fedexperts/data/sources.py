@@ -11,7 +11,7 @@ from fedexperts.data.files import SUFFIXES, Record, read_records
 from fedexperts.data.generated import generate_tinyworld
 from fedexperts.data.records import RecordReader
 from fedexperts.data.settings import TINYWORLD, DataSettings
-from fedexperts.errors import UserError
+from fedexperts.errors import UserError, needs_extra
 
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -60,10 +60,8 @@ def read_hub(settings: DataSettings) -> Iterator[Record]:
     try:
         import datasets  # an optional dependency
     except ImportError:
-        raise UserError(
-            f'data.source "{name}" is no file, and as a Hugging Face data set it needs the library '
-            f'`datasets`: pip install "fedexperts[hub]".'
-        ) from None
+        user = f'data.source "{name}" is no file, and as a Hugging Face data set it'
+        raise needs_extra(user, "datasets", "hub") from None
     try:
         rows = datasets.load_dataset(
             name, settings.hub_config or None, split=settings.hub_split, revision=settings.revision or None

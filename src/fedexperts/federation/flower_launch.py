@@ -27,7 +27,7 @@ from fedexperts import __version__
 from fedexperts.config.load import resolved_toml, to_table
 from fedexperts.config.schema import RunConfig
 from fedexperts.data.federated import load_federated_data
-from fedexperts.errors import UserError
+from fedexperts.errors import UserError, needs_extra
 from fedexperts.federation.flower_events import FAILED, RELAYED, WARNED, heard
 from fedexperts.plugins import refuse_script_only
 from fedexperts.run_directory import RunDirectory, write_atomically
@@ -102,9 +102,7 @@ def run_with_flower(
 def _require_flower(*, is_simulated: bool) -> None:
     for package in ("flwr", "ray") if is_simulated else ("flwr",):
         if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f'transport.name = "flower" needs the package {package}: pip install "fedexperts[flower]"'
-            )
+            raise needs_extra('transport.name = "flower"', package, "flower")
 
 
 def _require_plugins(config: RunConfig) -> None:

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import tomli_w
 
-from fedexperts.errors import UserError
+from fedexperts.errors import UserError, needs_extra
 from fedexperts.federation.flower_launch import (
     PROGRAMS,
     FlowerLink,
@@ -69,8 +69,10 @@ def open_link(keys: Path, host: str, port: int) -> Iterator[FlowerLink]:
     """Start a SuperLink at ``host``, and register the public keys of the sites in ``keys``.
 
     Raises:
-        UserError: a file of ``keys`` is missing, the port is taken, or the SuperLink does not start.
+        UserError: a file of ``keys`` is missing, or Flower is; the port is taken, or the SuperLink does not
+            start.
     """
+    _program("flower-superlink", "fedexperts server")
     public = _public_keys(keys)
     _refuse_taken(host, port)
     if not _is_loopback(host):
@@ -107,6 +109,12 @@ def _public_keys(keys: Path) -> dict[str, Path]:
     if not public:
         raise UserError(f"{keys / SITES} has no public key of a site (NAME.pub)")
     return public
+
+
+def _program(name: str, command: str) -> Path:
+    if not (PROGRAMS / name).exists():
+        raise needs_extra(command, "flwr", "flower")
+    return PROGRAMS / name
 
 
 def _require(path: Path) -> None:
@@ -165,9 +173,7 @@ def run_node(site_file: Path, server: str, keys: Path) -> NoReturn:
     parse_address(server, "--server")
     for name in (CA_CERTIFICATE, NODE_KEY):
         _require(keys / name)
-    program, home = PROGRAMS / "flower-supernode", site_file.parent / "flower"
-    if not program.exists():
-        raise UserError('a site needs the package flwr: pip install "fedexperts[flower]"')
+    program, home = _program("flower-supernode", "fedexperts site"), site_file.parent / "flower"
     home.mkdir(mode=0o700, exist_ok=True)
     log = site_file.with_name("site.log")
     log.touch(mode=0o600)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedexperts.errors import UserError
+from fedexperts.errors import needs_extra
 from fedexperts.report.quantities import numbers_of
 from fedexperts.running.callbacks import Callback
 
@@ -21,9 +21,7 @@ class TensorBoard(Callback):
         try:
             module = importlib.import_module("torch.utils.tensorboard")
         except ImportError as error:
-            raise UserError(
-                'fedexperts.TensorBoard needs tensorboard: pip install "fedexperts[tensorboard]"'
-            ) from error
+            raise needs_extra("fedexperts.TensorBoard", "tensorboard", "tensorboard") from error
         self._writer: Any = module.SummaryWriter(str(folder))
 
     def after_round(self, record: Mapping[str, Any]) -> None:

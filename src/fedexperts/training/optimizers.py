@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedexperts.errors import UserError
+from fedexperts.errors import UserError, needs_extra
 from fedexperts.tensors import Tensors, copy_of
 from fedexperts.training.settings import TrainingSettings
 
@@ -58,10 +58,8 @@ def _bitsandbytes() -> ModuleType:
     try:
         import bitsandbytes
     except ImportError as error:
-        raise UserError(
-            'training.optimizer is "adamw8bit", which needs bitsandbytes: '
-            'pip install "fedexperts[low-bit-optimizer]"'
-        ) from error
+        user = 'training.optimizer = "adamw8bit"'
+        raise needs_extra(user, "bitsandbytes", "low-bit-optimizer") from error
     module: ModuleType = bitsandbytes
     return module
 
