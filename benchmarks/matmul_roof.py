@@ -1,4 +1,4 @@
-"""How long a step's matrix products would take if they were all the machine had to do.
+"""Time a step's matrix products alone, as if they were all the machine had to do.
 
 Shape suffixes: ``B`` products in a batch, ``M`` rows, ``K`` inner, ``N`` columns.
 """
@@ -110,7 +110,7 @@ def seconds_of(product: Product) -> float:
 
 
 def square_flops_per_second() -> float:
-    """What the machine reaches at its best: one big square product."""
+    """Rate that the machine reaches at its best: one big square product."""
     product = Product(1, SQUARE, SQUARE, SQUARE)
     return product.flops / seconds_of(product)
 

@@ -1,4 +1,4 @@
-"""Where a local step's time goes, by torch's profiler: which part of the model, forward and backward.
+"""Divide a local step's time among the parts of the model, forward and backward, by torch's profiler.
 
 A backward operation carries the number of the forward operation that it belongs to, so that it is counted to
 the same part. The profiler slows small operations down; its shares are told, not its seconds.

@@ -1,4 +1,4 @@
-"""Which benchmarks there are: how each is measured, shown, and tried out quickly."""
+"""Registry of benchmarks: how each is measured, shown, and tried out quickly."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

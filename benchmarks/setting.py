@@ -1,4 +1,4 @@
-"""What every benchmark runs: tinyworld clients, two threads, evaluation cut to almost nothing."""
+"""Setting that every benchmark runs: tinyworld clients, two threads, evaluation cut to almost nothing."""
 
 import os
 from importlib import metadata

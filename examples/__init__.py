@@ -1,1 +1,1 @@
-"""What the library does, step by step, on the embedded model."""
+"""Examples of the library, step by step, on the embedded model."""

@@ -22,7 +22,7 @@ class CohortSettings:
     """Fewest uploads with which a round counts; with fewer the server's state stays, and every client of the
     round is named. With ``on_failure = "continue"`` only; 0 for no limit."""
     on_failure: Literal["continue", "stop"] = "stop"
-    """When a client fails or its upload is refused: go on without it, or stop. It is named either way."""
+    """Go on without a client that fails or whose upload is refused, or stop. It is named either way."""
     max_change_norm: float = 0.0
     """Refuse an upload whose tensors differ from the server's by more than this L2 norm; 0 for no limit."""
     max_change_factor: float = 1000.0

@@ -85,7 +85,7 @@ class Suite:
     title: str
     runs: tuple[Run, ...]
     absent: dict[str, str] = field(default_factory=dict)
-    """Why a run is in no table, by its name."""
+    """Reason why a run is in no table, by its name."""
     search: dict[str, Any] = field(default_factory=dict)
     """``search.json``: what was tried before the runs, and what was chosen; empty without a search."""
     equal: tuple[dict[str, Any], ...] = ()

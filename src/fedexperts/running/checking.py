@@ -64,7 +64,7 @@ class CheckReport:
     server_bytes: int
     """Of tensors that the server keeps from round to round."""
     retention: PredictedRetention | None
-    """What models are asked outside the clients' tasks; None where nothing is."""
+    """Questions that models are asked outside the clients' tasks; None where nothing is."""
     clock: PredictedClock | None = None
     """Simulated seconds of the first round; None without a clock."""
     process_bytes: int | None = None

@@ -26,7 +26,7 @@ ROUTINGS = ("base", "global", "personalised")
 
 @dataclass(frozen=True, kw_only=True)
 class ResultParts:
-    """What a result is made from."""
+    """Everything that a result is made from."""
 
     name: str
     config: Json

@@ -22,7 +22,7 @@ class PredictedRetention:
     num_free_questions: int
     num_neutral: int
     num_models: int
-    """How many times a model is asked all of them."""
+    """Number of times that a model is asked all of them."""
     seconds_at_most: float
     """Wall clock of one process if every answer has `evaluation.max_new_tokens` tokens."""
 

@@ -16,7 +16,7 @@ class SearchRun:
 
     name: str
     values: Values
-    """What it sets over the base, by full key."""
+    """Settings over the base, by full key."""
 
 
 RunAll = Callable[[Sequence[SearchRun]], Iterator[dict[str, Any] | None]]
@@ -40,7 +40,7 @@ class Tried:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSearch:
-    """What one group tried and chose."""
+    """Points that one group tried, and the one that it chose."""
 
     tried: tuple[Tried, ...]
     chosen: Values | None

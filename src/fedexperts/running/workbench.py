@@ -62,7 +62,7 @@ class Workbench:
     algorithm: Algorithm
     questions: tuple[Question, ...]
     probe: RetentionProbe
-    """What models are asked outside the clients' tasks."""
+    """Questions that models are asked outside the clients' tasks."""
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
     """Memory of the device of each client of the whole data."""
     devices: Mapping[str, Device] = field(default_factory=dict)
