@@ -32,8 +32,8 @@ def main() -> None:
         record = {"name": name, "machine": describe_machine(load), "figures": figures}
         options.results.mkdir(parents=True, exist_ok=True)
         (options.results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        if options.docs is not None:
-            write_into(options.docs, name, record)
+        if options.docs is not None and not write_into(options.docs, name, record):
+            console.print(f"{options.docs} has no marks for {name} and stays as it is")
 
 
 def _options() -> argparse.Namespace:
@@ -43,7 +43,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="tinyworld", help="model.name (default: the embedded checkpoint)")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON files")
-    parser.add_argument("--docs", type=Path, help="document whose figures are replaced, if any")
+    parser.add_argument("--docs", type=Path, help="document whose marked figures are replaced, if any")
     parser.add_argument("--quick", action="store_true", help="only see that it works")
     options = parser.parse_args()
     for name in options.names:

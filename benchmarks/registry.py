@@ -22,7 +22,7 @@ from benchmarks import (
     utility,
     workers,
 )
-from benchmarks.tables import Table, machine_text, markdown, put_into
+from benchmarks.tables import Table, machine_text, markdown, marks, put_into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +103,13 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 }
 
 
-def write_into(path: Path, name: str, record: Mapping[str, Any]) -> None:
-    """Put a benchmark's tables, and what they were measured on, into the document at ``path``."""
-    path.write_text(put_into(path.read_text(), name, document_text(name, record)))
+def write_into(path: Path, name: str, record: Mapping[str, Any]) -> bool:
+    """Put a benchmark's tables, and their machine, into the document at ``path`` if it has their marks."""
+    document = path.read_text()
+    if marks(name)[0] not in document:
+        return False
+    path.write_text(put_into(document, name, document_text(name, record)))
+    return True
 
 
 def document_text(name: str, record: Mapping[str, Any]) -> str:

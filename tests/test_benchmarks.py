@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.matmul_roof import Product, ProductCounter
-from benchmarks.registry import BENCHMARKS, document_text
+from benchmarks.registry import BENCHMARKS, document_text, write_into
 from benchmarks.tables import marks, put_into
 from benchmarks.timing import in_turns, paired_ratio
 
@@ -55,6 +55,25 @@ def test_the_document_has_the_figures_of_the_committed_results(name):
     documents = [path.read_text() for path in (ROOT / "docs").glob("*.md")]
     (document,) = (each for each in documents if marks(name)[0] in each)
     assert put_into(document, name, document_text(name, record)) == document
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_benchmark_has_its_marks_on_one_page(name):
+    pages = [path for path in (ROOT / "docs").rglob("*.md") if marks(name)[0] in path.read_text()]
+    assert len(pages) == 1
+    begin, end = map(pages[0].read_text().index, marks(name))
+    assert begin < end
+
+
+def test_a_page_without_a_benchmark_s_marks_is_left_as_it_is(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("nothing")
+    record = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())
+    assert not write_into(page, "memory", record)
+    assert page.read_text() == "nothing"
+    page.write_text("\n".join(marks("memory")))
+    assert write_into(page, "memory", record)
+    assert document_text("memory", record) in page.read_text()
 
 
 @pytest.mark.slow
