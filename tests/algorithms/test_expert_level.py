@@ -6,14 +6,13 @@ from typing import ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file
-from turns import CLIENTS, ExpertsOnly, make_parts, planned
+from turns import CLIENTS, ExpertsOnly, make_client, make_parts, planned, run, turn
 
 from fedexperts.algorithms import ALGORITHMS
-from fedexperts.algorithms.api import Client, ClientFacts, Kept
+from fedexperts.algorithms.api import ClientFacts, Kept
 from fedexperts.algorithms.esft import GATES, Esft
 from fedexperts.algorithms.fedmoe import BUDGET, FedMoE
 from fedexperts.algorithms.tuned_experts import CHANGED, ROLE, ROLES, SCORES, TOKENS, names_of_role
-from fedexperts.data.batches import Batch
 from fedexperts.errors import UserError
 from fedexperts.federation.cohort import CohortSettings
 from fedexperts.federation.edge import refusal
@@ -23,7 +22,6 @@ from fedexperts.moe.surgery.undo import undone
 from fedexperts.run_directory import read_lines
 from fedexperts.running.checking import check_experiment
 from fedexperts.running.experiment import run_experiment
-from fedexperts.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,32 +38,6 @@ def registered(monkeypatch):
     monkeypatch.setitem(ALGORITHMS, "experts_only", ExpertsOnly)
 
 
-def make_client(parts, client_id="a", num_train=5):
-    ids = torch.randint(3, 100, (4, 12), generator=torch.Generator().manual_seed(2))
-    batch = Batch(
-        input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, num_examples=4, num_labels=48
-    )
-    return Client(
-        client_id=client_id,
-        round_number=1,
-        num_rounds=2,
-        seed=4,
-        parts=parts,
-        training=TrainingSettings(batch_size=4, num_local_steps=2),
-        num_train=num_train,
-        draw_batches=lambda: [batch, batch],
-        calibration_batches=lambda largest: [batch],
-    )
-
-
-def turn(algorithm, parts, state, client_id="a"):
-    """One client's upload; the model is undone."""
-    with undone(parts.model, parts.layers):
-        return algorithm.client_update(
-            make_client(parts, client_id), Kept(), algorithm.download(state, client_id)
-        )[0]
-
-
 def answer(algorithm, parts, state, client_id, value, tokens, **beside):
     """A made-up upload in which every expert of the role is filled with ``value``."""
     names = names_of_role(parts.layers, state.beside[ROLES][state.position(client_id)])
@@ -74,16 +46,6 @@ def answer(algorithm, parts, state, client_id, value, tokens, **beside):
         name: max(float(tokens[int(name.split(".")[2]), int(name.split(".")[5])]), 1.0) for name in names
     }
     return client_id, Upload(tensors=tensors, weights=weights, beside={TOKENS: tokens, **beside})
-
-
-def run(config, folder, quiet):
-    result = run_experiment(config, folder, progress=quiet)
-    return result, load_state(folder)
-
-
-def load_state(folder):
-    path = max(folder.rglob("state-round-*.safetensors"))
-    return load_file(path)
 
 
 # Degenerate cases
@@ -115,7 +77,7 @@ def test_a_role_of_all_experts_is_fedavg_of_all_experts(lora, registered, make_c
 def test_one_client_is_local_training_of_its_experts():
     parts, algorithm = make_parts(), FedMoE(experts_per_layer=2)
     state = planned(algorithm, parts)
-    upload = turn(algorithm, parts, state)
+    upload, _ = turn(algorithm, parts, state)
     after = algorithm.server_update(state, [("a", upload)])
     assert upload.tensors
     for name, before in state.tensors.items():
@@ -269,7 +231,7 @@ def test_an_upload_is_weighted_by_tokens_and_counts_idle_experts():
     parts = make_parts()
     algorithm = FedMoE(experts_per_layer=0, lora=True)
     state = planned(algorithm, parts)
-    upload = turn(algorithm, parts, state)
+    upload, _ = turn(algorithm, parts, state)
     tokens = upload.beside[TOKENS]
     assert tokens.sum(dim=1).tolist() == [2 * 4 * 12 * 2] * 2, "steps · examples · tokens · top-k"
     for layer in parts.layers:
@@ -281,14 +243,14 @@ def test_an_upload_is_weighted_by_tokens_and_counts_idle_experts():
         "num_tuned_experts": 12.0,
         "num_idle_experts": float((tokens == 0).sum()),
     }
-    by_examples = turn(FedMoE(experts_per_layer=0, weighting="examples"), parts, state)
+    by_examples, _ = turn(FedMoE(experts_per_layer=0, weighting="examples"), parts, state)
     assert set(by_examples.weights.values()) == {5.0}
 
 
 def test_an_expert_outside_the_role_is_refused_by_name():
     parts, algorithm = make_parts(), FedMoE(experts_per_layer=2)
     state = planned(algorithm, parts)
-    upload = turn(algorithm, parts, state)
+    upload, _ = turn(algorithm, parts, state)
     expected = algorithm.expected(parts, state, "a")
     assert refusal(upload, expected, state.tensors, CohortSettings()) == ""
     other = next(name for name in state.tensors if name not in upload.tensors)
