@@ -1,6 +1,8 @@
 """The documents agree with the repository: links, paths, counts, settings and figures."""
 
+import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -66,16 +68,65 @@ def test_the_experiment_on_a_page_loads(page, tmp_path):
     assert isinstance(load_config(tmp_path / "mine.toml").algorithm, ALGORITHMS["flex"])
 
 
-def rows_of(text, method):
-    return [row for row in text.splitlines() if row.startswith(f"| `{method}` |")]
+MEASURED = json.loads((ROOT / "experiments/methods/results.json").read_text())
+METHODS = {run["name"].split("-")[1] for run in MEASURED}
+FACTS = ["mean.own_facts_after", "mean.shared_facts_after", "mean.style_after"]
+RETENTION = ["exam.personalised", "retention.exam_free.personalised", "retention.neutral_rougeL.personalised"]
+
+
+def numbers_of(world, method, quantity):
+    return [run["numbers"][quantity] for run in MEASURED if run["name"].startswith(f"{world}-{method}-seed-")]
+
+
+def in_points(world, method, quantity):
+    """Mean ± standard deviation over the seeds, as the pages write it."""
+    own = [100 * number for number in numbers_of(world, method, quantity)]
+    return f"{statistics.mean(own):.1f} ± {statistics.stdev(own):.1f}"
+
+
+def upload_of(world, method):
+    """Bytes of a client and round, which the results hold to six digits."""
+    return {f"{size:.6g}" for size in numbers_of(world, method, "bytes.upload_per_client_round")}
+
+
+def rows_of(page, start, end):
+    """Cells of each row between two lines, by its method; bytes to six digits, as a set of one."""
+    text = (ROOT / page).read_text()
+    lines = text[text.index(start) : text.index(end)].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    return {
+        method.strip("`"): [*cells, {f"{float(size.removesuffix(' B').replace(',', '')):.6g}"}]
+        for method, *cells, size in rows
+    }
+
+
+def test_the_readme_s_table_is_what_was_measured():
+    columns = [("share", "mean.shared_facts_after"), ("both", "mean.shared_facts_after")]
+    columns += [("disagree", "mean.rougeL_after")]
+    assert rows_of("README.md", "## Results", "## Methods") == {
+        method: [*(in_points(world, method, name) for world, name in columns), upload_of("both", method)]
+        for method in METHODS
+    }
 
 
 @pytest.mark.parametrize(
-    "method", ["flex", "flex_plus", "local_graft", "local_rank44", "fedavg_experts", "fedavg"]
+    ("world", "start", "end"),
+    [
+        ("disagree", "**The houses disagree, and", "**The houses agree, and"),
+        ("share", "**The houses agree, and", "**Both**"),
+        ("both", "**Both**", "What they show:"),
+    ],
 )
-def test_the_readme_s_figures_are_those_of_the_results(method):
-    readme = (ROOT / "README.md").read_text()
-    (summary,) = rows_of(readme[readme.index("## Results") : readme.index("## Methods")], method)
-    full = "|".join(rows_of((ROOT / "docs/results.md").read_text(), method))
-    cells = [cell.strip() for cell in summary.strip("|").split("|")]
-    assert [cell for cell in cells if cell not in [each.strip() for each in full.split("|")]] == []
+def test_the_tables_of_the_three_worlds_are_what_was_measured(world, start, end):
+    def cells(method):
+        facts = ["–"] * 3 if world == "disagree" else [in_points(world, method, name) for name in FACTS]
+        retention = [in_points(world, method, name) for name in RETENTION]
+        return [
+            "3",
+            in_points(world, method, "mean.rougeL_after"),
+            *facts,
+            *retention,
+            upload_of(world, method),
+        ]
+
+    assert rows_of("docs/results.md", start, end) == {method: cells(method) for method in METHODS}
