@@ -76,8 +76,9 @@ class Flex(Algorithm):
     calibration_file: str = ""
     """The other corpus: JSON lines with a field ``text``, of which the first are taken."""
     off_task: str = ""
-    """Texts on which the private gates learn to stay closed; the purpose is that a client's own model forgets
-    less (reading 13): ``tinyworld``, or JSON lines of texts, or of instructions with responses; empty for none."""
+    """Texts on which the private gates learn to stay closed, with the purpose that a client's own model
+    forgets less (reading 13): ``tinyworld``, or JSON lines of texts, or of instructions with responses; empty
+    for none."""
     off_task_weight: float = 1.0
     """Weight of that loss beside the client's own."""
     off_task_examples: int = 256
