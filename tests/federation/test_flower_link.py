@@ -9,7 +9,8 @@ import pytest
 from fedexperts.cli.program import main
 from fedexperts.config.load import build_config
 from fedexperts.errors import UserError
-from fedexperts.federation.flower_link import open_link, parse_address
+from fedexperts.federation import flower_link
+from fedexperts.federation.flower_link import open_link, parse_address, run_node
 from fedexperts.federation.keys import make_keys
 from fedexperts.federation.site_settings import SiteSettings
 from fedexperts.running.serving import SERVER_OVERRIDES, prepare_site, run_server
@@ -80,6 +81,15 @@ def test_a_link_without_its_files_or_with_a_taken_port_is_refused(keys):
         open_link(keys / "server", "127.0.0.1", 1).__enter__()
     with pytest.raises(UserError, match=r"ca\.crt does not exist; fedexperts keys makes it"):
         open_link(keys / "nowhere", "127.0.0.1", 1).__enter__()
+
+
+def test_without_flower_server_and_site_name_the_extra(keys, tmp_path, monkeypatch):
+    monkeypatch.setattr(flower_link, "PROGRAMS", tmp_path)
+    sentence = r"^fedexperts {} needs the package flwr: run pip install -e '\.\[flower\]'"
+    with pytest.raises(UserError, match=sentence.format("server")):
+        open_link(keys / "server", "127.0.0.1", 1).__enter__()
+    with pytest.raises(UserError, match=sentence.format("site")):
+        run_node(tmp_path / "site.toml", "127.0.0.1:1", keys / "north")
 
 
 def test_the_server_serves_sites_alone(make_config, keys, tmp_path, quiet):
