@@ -26,7 +26,8 @@ SMALL = (
     "training.num_local_steps=1",
     "evaluation.max_test_examples=1",
     "evaluation.exam.num_questions=2",
-    "evaluation.matrix=false",
+    "evaluation.retention.num_free_questions=1",
+    "evaluation.retention.num_neutral=1",
 )
 REQUIRED = {
     "experts_per_layer": 2,

@@ -79,6 +79,7 @@ def test_data_without_exam_have_no_retention_and_no_fault(make_config, tmp_path,
 
 def test_the_diagonal_of_the_matrix_is_each_client_s_own_score(make_config, tmp_path, quiet):
     same = ("evaluation.max_test_examples=3", "evaluation.matrix_examples=3", "evaluation.max_new_tokens=24")
+    same += ("evaluation.matrix=true",)
     result = run_experiment(make_config("flex", "rounds=1", *FEW, *same), tmp_path / "run", progress=quiet)
     for name in ("loss", "rougeL"):
         own = [result["matrix"][name][place][place] for place in range(3)]

@@ -7,8 +7,7 @@ from fedexperts.running.checking import check_experiment
 from fedexperts.running.experiment import run_experiment
 
 
-@pytest.mark.parametrize("personalised", ["true", "false"])
-@pytest.mark.parametrize("every", [0, 1, 2])
+@pytest.mark.parametrize(("every", "personalised"), [(0, "false"), (1, "true"), (2, "false"), (2, "true")])
 def test_check_counts_the_models_that_the_run_asks(
     make_config, tmp_path, quiet, monkeypatch, every, personalised
 ):
@@ -25,8 +24,8 @@ def test_check_counts_the_models_that_the_run_asks(
         "training.num_local_steps=1",
         f"evaluation.every={every}",
         f"evaluation.exam.personalised={personalised}",
-        "evaluation.matrix=false",
         "evaluation.retention.num_free_questions=6",
+        "evaluation.retention.num_neutral=2",
         "data.partition.num_clients=2",
     )
     run_experiment(config, tmp_path / "run", progress=quiet)

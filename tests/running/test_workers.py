@@ -138,6 +138,7 @@ def report_of(directory):
     return re.sub(r"[\d.]+( ± [\d.]+)? s\b", "TIME", text.replace(f"# {directory.name}", ""))
 
 
+@pytest.mark.slow
 def test_two_jobs_give_the_bits_and_the_report_of_one(make_config, tmp_path):
     config = make_config("local_only", *SMALL, "rounds=1")
     suite = load_suite(write_suite(tmp_path, config, SUITE + SEARCH))
