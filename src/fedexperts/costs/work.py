@@ -68,6 +68,11 @@ class WorkMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Bytes by phase, place, and whether they moved while the phase computed."""
         self._phase = MAIN_PHASE
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Refuse torch's wrapper of each call, which costs more than the count: nothing here is compiled."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -80,9 +85,10 @@ class WorkMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
     def _count(self, func: Any, kind: str, args: Any, kwargs: dict[str, Any], made: Any) -> None:
-        inputs = list(_tensors(args))
-        inputs += _tensors(kwargs.values())
-        outputs = list(_tensors((made,)))
+        inputs = _tensors(args)
+        if kwargs:
+            inputs += _tensors(kwargs.values())
+        outputs = _tensors((made,))
         formula = _FORMULAS.get(func)
         flops = formula(args, kwargs, made) if formula else 0
         is_half = flops > 0 and inputs[0].dtype in _HALF
@@ -171,17 +177,19 @@ def from_figures(figures: Mapping[str, float]) -> dict[str, PhaseWork]:
     return {phase: PhaseWork(**own) for phase, own in found.items()}
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    found = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+            found += _tensors(value)
+    return found
 
 
 def _num_bytes(tensor: Tensor) -> int:
     """Return the bytes that a pass over the tensor touches: of an expanded one, those that are stored."""
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def _all(tensors: Iterable[Tensor]) -> int:
