@@ -9,7 +9,7 @@ import pytest
 from flower_grid import Clock, InMemoryGrid, app_node
 
 from fedexperts.cli.program import main
-from fedexperts.config.load import resolved_toml
+from fedexperts.config.load import config_sha256, resolved_toml
 from fedexperts.config.toml import render_toml
 from fedexperts.data.tinyworld import CATEGORIES, make_example
 from fedexperts.errors import UserError
@@ -19,7 +19,7 @@ from fedexperts.federation.flower_server import serve
 from fedexperts.federation.flower_transport import FlowerTransport, Patience
 from fedexperts.federation.site_settings import SiteSettings
 from fedexperts.federation.wire import pack, unpack
-from fedexperts.messages import Upload, decode_upload, encode_upload
+from fedexperts.messages import Download, Upload, decode_upload, encode_download, encode_upload
 from fedexperts.run_directory import RunDirectory, read_json, read_lines
 from fedexperts.running.experiment import run_experiment
 
@@ -191,6 +191,17 @@ def test_a_site_that_tells_no_counts_weighs_as_one_and_tells_none(untold, capsys
     assert "num_truncated" in read_lines(at_home(folder, "alder") / "clients.jsonl")[0]
     assert main(["report", str(folder / "server")]) == 0
     capsys.readouterr()
+
+
+def test_a_private_site_weighs_as_one_whatever_its_number_of_examples(make_config, tmp_path):
+    private = ("privacy.clip_norm=1", "privacy.noise_multiplier=1", "privacy.noise=client")
+    config = site_config(make_config, "fedavg", *private)
+    start_sites(config, tmp_path, [])
+    download = Download(round_number=1, task="train", config_sha256=config_sha256(config))
+    run_config = {"experiment": resolved_toml(config), "run-directory": "server", "run-token": "0123456789ab"}
+    upload = flower_site.answer_as_site(encode_download(download), str(tmp_path / "alder.toml"), run_config)
+    assert upload.failure == ""
+    assert set(upload.weights.values()) == {1.0}
 
 
 def test_a_site_that_tells_nothing_keeps_routing_experts_and_exam_to_itself(untold, capsys):

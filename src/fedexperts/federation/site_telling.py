@@ -20,7 +20,8 @@ def told(upload: Upload, settings: SiteSettings, num_train: int) -> Upload:
     Args:
         upload: the answer as the site keeps it.
         settings: says what may be told.
-        num_train: training examples with a label, the weight of this upload's tensors.
+        num_train: training examples with a label, by which this upload's tensors are weighed; 1 if they are
+            not.
     """
     if "counts" not in settings.tell:
         upload = _without_counts(upload, num_train)
