@@ -7,14 +7,19 @@ import pytest
 import torch
 from opacus.accountants import RDPAccountant
 
+from fedexperts.algorithms.aggregation import norm_of
 from fedexperts.algorithms.privacy import PrivacySettings, PrivateRounds, clipped, gaussian
+from fedexperts.config.load import config_sha256
 from fedexperts.costs.privacy import epsilon_of, privacy_of
+from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.errors import UserError
+from fedexperts.federation.personal import PersonalStore
 from fedexperts.federation.runtime import ClientRuntime
-from fedexperts.messages import Upload
+from fedexperts.messages import Download, Upload
 from fedexperts.report import write_report
 from fedexperts.run_directory import read_json
 from fedexperts.running.experiment import run_experiment
+from fedexperts.running.workbench import open_workbench
 
 BEFORE = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([0.0])}
 FAR = {"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([4.0])}
@@ -191,6 +196,27 @@ def test_with_noise_by_the_client_the_server_never_sees_a_change_as_it_is(make_c
     # Noise of deviation 1 a value on a change of norm 0.5; the deviation's own is 1 / sqrt(2 n), here taken
     # six times, and rounding to float32 is far below it.
     assert float(change.std()) == pytest.approx(1.0, abs=6 / math.sqrt(2 * len(change)))
+
+
+@pytest.mark.parametrize("given", [(), ("algorithm.form=lora",)])
+def test_a_change_is_measured_from_the_model_where_nothing_travels_in_the_first_round(given, make_config, tmp_path):
+    """Noise of deviation 0.005 a value, of which a norm of six times the root of their number is the most."""
+    noised = ("privacy.clip_norm=0.01", "privacy.noise_multiplier=0.5", "privacy.noise=client")
+    config = make_config("fmq", *SMALL, *given, *noised)
+    with open_workbench(config, Stopwatch()) as bench:
+        runtime = bench.scorer(PersonalStore(tmp_path)).runtime
+        start = config.algorithm.init(runtime.parts, runtime.facts())
+        download = Download(
+            round_number=1,
+            task="train",
+            sent=config.algorithm.download(start, "client-000"),
+            config_sha256=config_sha256(config),
+        )
+        upload = runtime.handle("client-000", download)
+    assert download.sent.tensors == {}
+    changes = {name: upload.tensors[name] - tensor for name, tensor in start.tensors.items()}
+    number = sum(map(torch.numel, changes.values()))
+    assert norm_of(changes.values()) < 0.01 + 6 * 0.005 * math.sqrt(number)
 
 
 @pytest.mark.parametrize(

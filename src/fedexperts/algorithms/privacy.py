@@ -81,7 +81,8 @@ class PrivacySettings:
     ) -> Upload:
         """Return what a client sends: every client weighs the same, and what only reports need stays away.
 
-        With ``noise = "client"`` the change from ``came`` is clipped and noised.
+        With ``noise = "client"`` the change from ``came``, the client's tensors before its turn, is clipped
+        and noised.
         """
         bare = replace(upload, weights=dict.fromkeys(upload.tensors, 1.0), tables={}, measured={})
         if self.noise == "server":
