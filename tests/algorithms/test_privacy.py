@@ -199,7 +199,9 @@ def test_with_noise_by_the_client_the_server_never_sees_a_change_as_it_is(make_c
 
 
 @pytest.mark.parametrize("given", [(), ("algorithm.form=lora",)])
-def test_a_change_is_measured_from_the_model_where_nothing_travels_in_the_first_round(given, make_config, tmp_path):
+def test_a_change_is_measured_from_the_model_where_nothing_travels_in_the_first_round(
+    given, make_config, tmp_path
+):
     """Noise of deviation 0.005 a value, of which a norm of six times the root of their number is the most."""
     noised = ("privacy.clip_norm=0.01", "privacy.noise_multiplier=0.5", "privacy.noise=client")
     config = make_config("fmq", *SMALL, *given, *noised)

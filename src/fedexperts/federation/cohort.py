@@ -60,6 +60,11 @@ class CohortSettings:
         if not all(memory > 0 for memory in self.memory_gb):
             raise UserError(f"memory_gb must have numbers above 0 only, but is {list(self.memory_gb)}")
 
+    @property
+    def wanted(self) -> int:
+        """Uploads of a round after which no other is waited for; 0 to wait for all."""
+        return self.size if self.over_select else 0
+
     def memory_bytes(self, position: int) -> int:
         """Return the memory of the client at ``position`` in the data; 0 for no limit."""
         return round(self.memory_gb[position % len(self.memory_gb)] * 1e9) if self.memory_gb else 0

@@ -259,6 +259,7 @@ class ServerRun:
             config_sha256=config_sha256(config),
             run_name=self.directory.name_on_nodes(),
             round_seconds=config.transport.round_seconds,
+            waits_by_clock=config.transport.name == "inprocess",
             spool_folder=self.directory.path,
             lr_of_round=lambda round_number: (
                 config.training.lr * learning_rate_share(round_number, config.rounds, config.training)
