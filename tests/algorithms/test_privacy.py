@@ -17,7 +17,8 @@ from fedexperts.federation.personal import PersonalStore
 from fedexperts.federation.runtime import ClientRuntime
 from fedexperts.messages import Download, Upload
 from fedexperts.report import write_report
-from fedexperts.run_directory import read_json
+from fedexperts.run_directory import read_json, read_lines
+from fedexperts.running.checking import check_experiment
 from fedexperts.running.experiment import run_experiment
 from fedexperts.running.workbench import open_workbench
 
@@ -182,6 +183,11 @@ def test_a_private_run_clips_equalises_and_says_its_epsilon(method, make_config,
     written = [path.read_text() for path in write_report(tmp_path / "run") if path.suffix in (".md", ".html")]
     assert written
     assert all("differential privacy of clients with epsilon" in text for text in written)
+    if method == "flex":  # whose tables do not travel
+        checked = check_experiment(config).as_json()
+        assert checked["privacy"] == result["privacy"]
+        told = {line["upload"] for line in checked["bytes_by_client_of_round_1"]}
+        assert told == {line["upload_bytes"] for line in read_lines(tmp_path / "run" / "clients.jsonl")}
 
 
 def test_with_noise_by_the_client_the_server_never_sees_a_change_as_it_is(make_config, tmp_path, quiet, sent):
@@ -243,8 +249,9 @@ def test_settings_that_protect_nothing_are_refused(method, given, sentence, make
         make_config(method, *given)
 
 
-def test_a_method_without_uploads_is_refused_at_its_start(make_config, tmp_path, quiet):
-    with pytest.raises(
-        UserError, match=r"\[privacy\] covers the mean of uploaded tensors, but .* send no tensors"
-    ):
-        run_experiment(make_config("local_only", *SMALL, *PRIVATE), tmp_path / "run", progress=quiet)
+def test_a_method_without_uploads_is_refused_at_its_start_and_by_a_check(make_config, tmp_path, quiet):
+    config, sentence = make_config("local_only", *SMALL, *PRIVATE), r"\[privacy\] .* send no tensors"
+    with pytest.raises(UserError, match=sentence):
+        run_experiment(config, tmp_path / "run", progress=quiet)
+    with pytest.raises(UserError, match=sentence):
+        check_experiment(config)

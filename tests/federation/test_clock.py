@@ -266,18 +266,18 @@ def test_check_predicts_the_seconds_of_the_first_round(clocked_run, make_config)
     assert report.clock.warnings() == []
 
 
-THREE = "clock.device=['l20', 'phone', 'l20']"
+THREE = ("clock.device=['l20', 'phone', 'l20']", "training.batch_size=1")
 
 
 @pytest.fixture(scope="module")
 def foretold(make_config, tmp_path_factory):
     """Predict the clock of an experiment whose second client is slow, with further settings."""
-    with open_workbench(make_config("fedavg", THREE), Stopwatch()) as bench:
+    with open_workbench(make_config("fedavg", *THREE), Stopwatch()) as bench:
         runtime = bench.scorer(PersonalStore(tmp_path_factory.mktemp("kept"))).runtime
         sizes = dict.fromkeys(bench.data.client_ids, PredictedBytes(upload=9000, download=9000))
 
         def predict(*given):
-            asked = replace(bench, config=make_config("fedavg", THREE, *given))
+            asked = replace(bench, config=make_config("fedavg", *THREE, *given))
             return predict_clock(asked, runtime, bench.parts.lora_names, sizes, 0)
 
         yield predict
@@ -317,7 +317,7 @@ def test_simulated_time_survives_a_crash_bit_for_bit(clocked_run, tmp_path, quie
 
 
 def test_a_clock_over_flower_is_the_one_in_process(clocked_run, tmp_path):
-    """The deadline is of real seconds there, of which the round takes fewer, though simulated it takes more."""
+    """The deadline is of real seconds there, and the round takes more in simulated ones alone."""
     config, folder = clocked_run
     config = replace(config, transport=TransportSettings(name="flower", round_seconds=300.0))
     assert max(line["simulated_seconds"]["total"] for line in read_lines(folder / "clients.jsonl")) > 300

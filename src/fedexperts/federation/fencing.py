@@ -13,7 +13,6 @@ from fedexperts.federation.spool import Spool
 from fedexperts.federation.transport import Delivery
 from fedexperts.messages import Upload, decode_upload, encode_upload
 
-
 Sender = TypeVar("Sender")
 
 

@@ -161,10 +161,10 @@ class Federation:
             if reason:
                 self._refuse(record, delivery, reason)
             else:
-                predicted = predict_round(self.algorithm, self.parts, planned, client_id)
-                if self._leaves_tables_out(upload):
-                    due = self._expected(planned, delivery)
-                    predicted = replace(predicted, upload=predict_upload_bytes(due))
+                has_tables = not self._leaves_tables_out(upload)
+                predicted = predict_round(
+                    self.algorithm, self.parts, planned, client_id, has_tables=has_tables
+                )
                 line = client_line(delivery, record.round_number, predicted)
                 line["upload_sha256"] = ledger.hashes[client_id]
                 if self.memory_plan:

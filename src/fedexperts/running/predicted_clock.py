@@ -78,8 +78,8 @@ class PredictedClock:
             for client_id, device in self.short_of_memory.items()
         ]
         return short + [
-            f"the upload of {client_id} comes after {self.seconds_by_client[client_id]:,.3g} simulated seconds: "
-            "transport.round_seconds refuses it"
+            f"the upload of {client_id} comes after {self.seconds_by_client[client_id]:,.3g} simulated "
+            "seconds: transport.round_seconds refuses it"
             for client_id in self.late
         ]
 
