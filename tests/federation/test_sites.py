@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 from functools import lru_cache
 
@@ -170,6 +171,23 @@ def test_a_site_uses_and_exports_its_model_and_the_server_what_is_shared(told, t
     assert not (tmp_path / "shared" / "experts.safetensors").exists()
     assert main(["export", run, "--model", "server", "--to", str(tmp_path / "here")]) == 0
     capsys.readouterr()
+
+
+def test_doctor_verifies_what_a_site_keeps(told, tmp_path, capsys):
+    run = shutil.copytree(at_home(told, "alder"), tmp_path / "alder")
+    assert main(["doctor", str(run)]) == 0
+    damaged = run / "clients" / "alder" / "adapted.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert main(["doctor", str(run)]) == 1
+    assert f"wrong: {damaged} is damaged" in capsys.readouterr().out
+
+
+def test_a_site_forgets_where_its_client_is(told, tmp_path, capsys):
+    run = shutil.copytree(at_home(told, "alder"), tmp_path / "alder")
+    assert main(["forget", str(run), "--all"]) == 0
+    assert "on their own machines" not in capsys.readouterr().out
+    assert list((run / "clients").iterdir()) == []
+    assert main(["doctor", str(run)]) == 0
 
 
 def test_what_a_site_keeps_is_for_its_owner_alone(told):
