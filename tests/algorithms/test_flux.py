@@ -237,6 +237,12 @@ def test_a_role_has_the_size_that_memory_has_room_for():
         algorithm.init(parts, facts)
 
 
+def test_a_turn_that_sends_changes_holds_what_it_started_from():
+    parts = make_parts()
+    turns = [Flux(upload=upload).room(parts) for upload in ("weights", "int8")]
+    assert turns[1].turn(3, 4) - turns[0].turn(3, 4) == 3 * 4 * turns[0].parameters_each
+
+
 def test_more_tuned_experts_than_exist_are_refused():
     with pytest.raises(UserError, match=r"algorithm\.num_tuned is 13, but the model has 12 experts"):
         Flux(num_tuned=13).init(make_parts(), CLIENTS)

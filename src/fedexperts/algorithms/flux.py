@@ -463,11 +463,6 @@ class Flux(FluxSettings):
             fresh = self._profile(client, self.profile_bits)
         return with_profile(kept, fresh), watch.seconds
 
-    @property
-    def keeps_start(self) -> bool:
-        """Whether a turn needs what it trains as it was before: to send changes."""
-        return self.upload != "weights"
-
     def finish(self, client: Client, before: Tensors) -> None:
         """Make the model the client's own after the upload: it is, as it was trained."""
 
