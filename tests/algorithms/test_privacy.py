@@ -3,6 +3,7 @@
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from opacus.accountants import RDPAccountant
@@ -63,7 +64,7 @@ def test_a_client_that_does_not_answer_counts_as_one_that_did_not_change():
 
 def test_noise_has_the_deviation_that_epsilon_is_computed_for():
     """The deviation of a million draws differs from that of the law by 0.2 % with probability 0.5 %."""
-    found = float(gaussian(torch.empty(1_000_000), 3.0, torch.Generator().manual_seed(1)).std())
+    found = float(gaussian(torch.empty(1_000_000), 3.0, np.random.default_rng(1)).std())
     assert found == pytest.approx(3.0, rel=2e-3)
 
 
@@ -72,9 +73,16 @@ def test_noise_comes_from_the_system_unless_a_seed_is_given():
         PrivacySettings(clip_norm=1, noise_multiplier=1),
         PrivacySettings(clip_norm=1, noise_multiplier=1, noise_seed=0),
     )
-    assert free.generator(1).initial_seed() != free.generator(1).initial_seed()
-    assert fixed.generator(1).initial_seed() == fixed.generator(1).initial_seed()
-    assert fixed.generator(1).initial_seed() != fixed.generator(2).initial_seed()
+    assert free.generator(1).random() != free.generator(1).random()
+    assert fixed.generator(1).random() == fixed.generator(1).random()
+    assert fixed.generator(1).random() != fixed.generator(2).random()
+
+
+def test_secret_noise_cannot_be_found_by_trying_seeds():
+    """Both words of the key are drawn: each is below 2^32 once in four billion keys."""
+    key = PrivacySettings(clip_norm=1, noise_multiplier=1).generator(1).bit_generator.state["state"]["key"]
+    assert len(key) == 2
+    assert min(key) >= 2**32
 
 
 def test_noise_by_the_client_is_on_the_upload_and_not_on_the_mean_again():
