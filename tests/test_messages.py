@@ -166,6 +166,14 @@ def test_a_failure_is_a_line_that_every_file_takes():
     upload.failure.encode("utf-8")
     assert upload.failure.startswith("a?b x")
     assert len(upload.failure) <= 1000
+
+
+@pytest.mark.parametrize("letter", ["x", "猫", "😀", "\x01"])
+def test_a_failure_fits_into_a_message_whatever_it_is_written_in(letter):
+    """In JSON an emoji takes twelve bytes: a thousand of them are three headers long."""
+    failure = decode_upload(encode_upload(Upload(failure=letter * 5000))).failure
+    assert len(failure) > 100
+    assert set(failure) == {letter}
     assert plain_text("") == ""
 
 

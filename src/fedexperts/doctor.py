@@ -13,6 +13,7 @@ from fedexperts.integrity import (
     advice,
     first_problem,
     has_clients,
+    is_at_site,
     problem_of_round,
     read_record,
     told,
@@ -32,7 +33,7 @@ class Diagnosis:
 
 
 def examine(folder: Path) -> Diagnosis:
-    """Verify every hash in a run directory, or in a run's folder on a Flower node.
+    """Verify every hash in a run directory, or in a run's folder at a site or on a Flower node.
 
     Raises:
         UserError: the folder is neither.
@@ -40,11 +41,23 @@ def examine(folder: Path) -> Diagnosis:
     run = RunDirectory(folder)
     if not run.config.exists():
         return _examine_node(folder)
+    if is_at_site(run):
+        return _examine_site(run)
     made_last = list(told(_of_made_last(run)))
     older = list(_of_older_states(run))
     state = first_problem(run)
     problems = tuple(dict.fromkeys([*([state] if state else []), *made_last, *older]))
     return Diagnosis(problems=problems, to_do=_to_do(run, state, bool(made_last)) if problems else "")
+
+
+def _examine_site(run: RunDirectory) -> Diagnosis:
+    """Verify what a site keeps of a run."""
+    sealed = [path for path in (run.environment, run.base, run.result) if path.exists()]
+    folders = [ClientFolder(path.parent) for path in sorted(run.client_folders.glob(f"*/{RECORD}"))]
+    problems = tuple(
+        told([*(partial(read_sealed, path) for path in sealed), *(one.check_all for one in folders)])
+    )
+    return Diagnosis(problems=problems, to_do=_AT_NODE if problems else "")
 
 
 def _of_made_last(run: RunDirectory) -> Iterator[Check]:
@@ -92,5 +105,10 @@ def _examine_node(folder: Path) -> Diagnosis:
     if not records:
         raise UserError(f"{folder} holds no run (no config.toml), and no client's folder (*/{RECORD})")
     problems = tuple(told(ClientFolder(path.parent).check_all for path in records))
-    to_do = "put the files back from a copy, or go back with fedexperts rewind on the server: its last states"
-    return Diagnosis(problems=problems, to_do=f"{to_do} have versions of their own here" if problems else "")
+    return Diagnosis(problems=problems, to_do=_AT_NODE if problems else "")
+
+
+_AT_NODE = (
+    "put the files back from a copy, or go back with fedexperts rewind on the server: its last states have "
+    "versions of their own here"
+)

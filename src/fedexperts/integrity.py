@@ -64,11 +64,21 @@ def _checks(run: RunDirectory, record: Record) -> Iterator[Check]:
 
 def has_clients(run: RunDirectory) -> bool:
     """Return whether the clients' folders are in the run's: not if they are on the nodes of a deployment."""
+    return is_at_site(run) or not _settings(run).get("transport", {}).get("connection", "")
+
+
+def is_at_site(run: RunDirectory) -> bool:
+    """Return whether the folder is a site's own, which has no server's state and nothing to resume."""
+    kind = _settings(run).get("data", {}).get("partition", {}).get("kind", "")
+    return kind == "site" and not (run.checkpoint.exists() or run.state.exists() or run.flower_token.exists())
+
+
+def _settings(run: RunDirectory) -> dict[str, Any]:
+    """Return the configuration as plain data; nothing where it cannot be read."""
     try:
-        table = tomllib.loads(run.config.read_text(encoding="utf-8"))
-        return not table.get("transport", {}).get("connection", "")
+        return tomllib.loads(run.config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return True
+        return {}
 
 
 def check_resumable(run: RunDirectory) -> None:

@@ -188,6 +188,13 @@ def plain_text(text: str) -> str:
     return line.encode("utf-8", "replace").decode()[:LONGEST_FAILURE]
 
 
+def _cut(text: str) -> str:
+    """Return as much of ``text`` as a header has room for: one character may take twelve bytes of JSON."""
+    while len(json.dumps(text)) > HEADER_BLOCK // 2:
+        text = text[: len(text) * 3 // 4]
+    return text
+
+
 def encode_download(download: Download) -> bytes:
     """Return the bytes of a download.
 
@@ -239,7 +246,7 @@ def encode_upload(upload: Upload) -> bytes:
         "seconds": upload.seconds,
         "work": upload.work,
         "report": upload.report,
-        "failure": plain_text(upload.failure),
+        "failure": _cut(plain_text(upload.failure)),
         "run": upload.stamp.run,
         "round": upload.stamp.round_number,
         "client": upload.stamp.client_id,

@@ -22,10 +22,18 @@ from fedexperts.algorithms.flux import (
     VISITS,
     Flux,
 )
-from fedexperts.algorithms.tuned_experts import CHANGED, ROLES, SCORES, TOKENS, names_of_role
+from fedexperts.algorithms.tuned_experts import (
+    CHANGED,
+    ROLE,
+    ROLES,
+    SCORES,
+    TOKENS,
+    install_role,
+    names_of_role,
+)
 from fedexperts.data.batches import Batch
 from fedexperts.errors import UserError
-from fedexperts.messages import Upload
+from fedexperts.messages import Sent, Upload
 from fedexperts.moe.compressing.merge import MergeSettings
 from fedexperts.moe.observing.utility import Utility, add_utilities, gradient_utility
 from fedexperts.moe.surgery import seam
@@ -235,6 +243,18 @@ def test_a_role_has_the_size_that_memory_has_room_for():
     facts = (replace(CLIENTS[0], memory_bytes=room.total(1, 4) - 1), *CLIENTS[1:])
     with pytest.raises(UserError, match=r"client a has .* GB \(cohort.memory_gb\), but the smallest model"):
         algorithm.init(parts, facts)
+
+
+def test_a_turn_that_sends_changes_holds_what_it_started_from():
+    parts = make_parts()
+    rooms = [Flux(upload=upload).room(parts) for upload in ("weights", "int8")]
+    assert rooms[1].tuned_bytes_each - rooms[0].tuned_bytes_each == 4 * rooms[0].parameters_each
+    role_LE = torch.zeros(2, 6, dtype=torch.bool)
+    role_LE[0, 2] = role_LE[1, 4] = True
+    install_role(parts.layers, role_LE)
+    sent = Sent(beside={ROLE: role_LE})
+    copies = [Flux(upload=upload).bytes_beside(parts, Kept(), sent) for upload in ("weights", "int8")]
+    assert copies[1] - copies[0] == 2 * 4 * rooms[0].parameters_each
 
 
 def test_more_tuned_experts_than_exist_are_refused():

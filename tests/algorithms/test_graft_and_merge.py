@@ -82,6 +82,8 @@ def test_grafts_take_their_share_of_the_memory():
     weights = 2 * (rooms[0].parameters_each + parts.layers[0].hidden_size + 1)
     assert rooms[1].other_bytes - rooms[0].other_bytes == 16 * weights
     assert rooms[1].activations(4) > rooms[0].activations(4)
+    assert [room.tuned_bytes for room in rooms] == [16, 20], "what came is put back after the local steps"
+    assert GraftAndMerge(own_model="trained").room(parts).tuned_bytes == 16
     clients = (ClientFacts(client_id="a", num_train=5, memory_bytes=rooms[1].total(6, 8)),)
     assert both.room_for(parts, clients).tolist() == [6]
     assert int(flux.room_for(parts, clients)) > 6

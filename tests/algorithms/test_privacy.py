@@ -3,18 +3,25 @@
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from opacus.accountants import RDPAccountant
 
+from fedexperts.algorithms.aggregation import norm_of
 from fedexperts.algorithms.privacy import PrivacySettings, PrivateRounds, clipped, gaussian
+from fedexperts.config.load import config_sha256
 from fedexperts.costs.privacy import epsilon_of, privacy_of
+from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.errors import UserError
+from fedexperts.federation.personal import PersonalStore
 from fedexperts.federation.runtime import ClientRuntime
-from fedexperts.messages import Upload
+from fedexperts.messages import Download, Upload
 from fedexperts.report import write_report
-from fedexperts.run_directory import read_json
+from fedexperts.run_directory import read_json, read_lines
+from fedexperts.running.checking import check_experiment
 from fedexperts.running.experiment import run_experiment
+from fedexperts.running.workbench import open_workbench
 
 BEFORE = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([0.0])}
 FAR = {"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([4.0])}
@@ -57,7 +64,7 @@ def test_a_client_that_does_not_answer_counts_as_one_that_did_not_change():
 
 def test_noise_has_the_deviation_that_epsilon_is_computed_for():
     """The deviation of a million draws differs from that of the law by 0.2 % with probability 0.5 %."""
-    found = float(gaussian(torch.empty(1_000_000), 3.0, torch.Generator().manual_seed(1)).std())
+    found = float(gaussian(torch.empty(1_000_000), 3.0, np.random.default_rng(1)).std())
     assert found == pytest.approx(3.0, rel=2e-3)
 
 
@@ -66,9 +73,16 @@ def test_noise_comes_from_the_system_unless_a_seed_is_given():
         PrivacySettings(clip_norm=1, noise_multiplier=1),
         PrivacySettings(clip_norm=1, noise_multiplier=1, noise_seed=0),
     )
-    assert free.generator(1).initial_seed() != free.generator(1).initial_seed()
-    assert fixed.generator(1).initial_seed() == fixed.generator(1).initial_seed()
-    assert fixed.generator(1).initial_seed() != fixed.generator(2).initial_seed()
+    assert free.generator(1).random() != free.generator(1).random()
+    assert fixed.generator(1).random() == fixed.generator(1).random()
+    assert fixed.generator(1).random() != fixed.generator(2).random()
+
+
+def test_secret_noise_cannot_be_found_by_trying_seeds():
+    """Both words of the key are drawn: each is below 2^32 once in four billion keys."""
+    key = PrivacySettings(clip_norm=1, noise_multiplier=1).generator(1).bit_generator.state["state"]["key"]
+    assert len(key) == 2
+    assert min(key) >= 2**32
 
 
 def test_noise_by_the_client_is_on_the_upload_and_not_on_the_mean_again():
@@ -177,6 +191,11 @@ def test_a_private_run_clips_equalises_and_says_its_epsilon(method, make_config,
     written = [path.read_text() for path in write_report(tmp_path / "run") if path.suffix in (".md", ".html")]
     assert written
     assert all("differential privacy of clients with epsilon" in text for text in written)
+    if method == "flex":  # whose tables do not travel
+        checked = check_experiment(config).as_json()
+        assert checked["privacy"] == result["privacy"]
+        told = {line["upload"] for line in checked["bytes_by_client_of_round_1"]}
+        assert told == {line["upload_bytes"] for line in read_lines(tmp_path / "run" / "clients.jsonl")}
 
 
 def test_with_noise_by_the_client_the_server_never_sees_a_change_as_it_is(make_config, tmp_path, quiet, sent):
@@ -191,6 +210,29 @@ def test_with_noise_by_the_client_the_server_never_sees_a_change_as_it_is(make_c
     # Noise of deviation 1 a value on a change of norm 0.5; the deviation's own is 1 / sqrt(2 n), here taken
     # six times, and rounding to float32 is far below it.
     assert float(change.std()) == pytest.approx(1.0, abs=6 / math.sqrt(2 * len(change)))
+
+
+@pytest.mark.parametrize("given", [(), ("algorithm.form=lora",)])
+def test_a_change_is_measured_from_the_model_where_nothing_travels_in_the_first_round(
+    given, make_config, tmp_path
+):
+    """Noise of deviation 0.005 a value, of which a norm of six times the root of their number is the most."""
+    noised = ("privacy.clip_norm=0.01", "privacy.noise_multiplier=0.5", "privacy.noise=client")
+    config = make_config("fmq", *SMALL, *given, *noised)
+    with open_workbench(config, Stopwatch()) as bench:
+        runtime = bench.scorer(PersonalStore(tmp_path)).runtime
+        start = config.algorithm.init(runtime.parts, runtime.facts())
+        download = Download(
+            round_number=1,
+            task="train",
+            sent=config.algorithm.download(start, "client-000"),
+            config_sha256=config_sha256(config),
+        )
+        upload = runtime.handle("client-000", download)
+    assert download.sent.tensors == {}
+    changes = {name: upload.tensors[name] - tensor for name, tensor in start.tensors.items()}
+    number = sum(map(torch.numel, changes.values()))
+    assert norm_of(changes.values()) < 0.01 + 6 * 0.005 * math.sqrt(number)
 
 
 @pytest.mark.parametrize(
@@ -215,8 +257,9 @@ def test_settings_that_protect_nothing_are_refused(method, given, sentence, make
         make_config(method, *given)
 
 
-def test_a_method_without_uploads_is_refused_at_its_start(make_config, tmp_path, quiet):
-    with pytest.raises(
-        UserError, match=r"\[privacy\] covers the mean of uploaded tensors, but .* send no tensors"
-    ):
-        run_experiment(make_config("local_only", *SMALL, *PRIVATE), tmp_path / "run", progress=quiet)
+def test_a_method_without_uploads_is_refused_at_its_start_and_by_a_check(make_config, tmp_path, quiet):
+    config, sentence = make_config("local_only", *SMALL, *PRIVATE), r"\[privacy\] .* send no tensors"
+    with pytest.raises(UserError, match=sentence):
+        run_experiment(config, tmp_path / "run", progress=quiet)
+    with pytest.raises(UserError, match=sentence):
+        check_experiment(config)

@@ -1,23 +1,30 @@
 """The simulated clock: turns by phase, the slowest client, hours of absence, targets, and a whole run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from flower_grid import InMemoryGrid, app_node
 
 from fedexperts.config.load import load_config, resolved_toml
 from fedexperts.costs.devices import DEVICES, Device
+from fedexperts.costs.stopwatch import Stopwatch
+from fedexperts.costs.traffic import PredictedBytes
 from fedexperts.costs.work import PhaseWork
 from fedexperts.errors import UserError
 from fedexperts.federation import flower_client
 from fedexperts.federation.clock import Clock
 from fedexperts.federation.clock_settings import ClockSettings
 from fedexperts.federation.flower_server import serve
+from fedexperts.federation.personal import PersonalStore
+from fedexperts.federation.transport import TransportSettings
 from fedexperts.run_directory import RunDirectory, read_json, read_lines
 from fedexperts.running import experiment
 from fedexperts.running.checking import check_experiment
 from fedexperts.running.experiment import run_experiment
+from fedexperts.running.predicted_clock import predict_clock
 from fedexperts.running.simulated import summary_of
+from fedexperts.running.workbench import open_workbench
 
 CLIENTS = ("a", "b", "c", "d")
 HOUR = 3600.0
@@ -36,6 +43,8 @@ RUN = (
     'clock.device=["l20", "phone"]',
     "clock.available_hours=12",
     "clock.available_spread=24",
+    "clock.straggler_share=1",
+    "clock.straggler_factor=1e6",
     "clock.target=loss_after",
     "clock.target_value=1000",
     "evaluation.every=1",
@@ -257,6 +266,39 @@ def test_check_predicts_the_seconds_of_the_first_round(clocked_run, make_config)
     assert report.clock.warnings() == []
 
 
+THREE = ("clock.device=['l20', 'phone', 'l20']", "training.batch_size=1")
+
+
+@pytest.fixture(scope="module")
+def foretold(make_config, tmp_path_factory):
+    """Predict the clock of an experiment whose second client is slow, with further settings."""
+    with open_workbench(make_config("fedavg", *THREE), Stopwatch()) as bench:
+        runtime = bench.scorer(PersonalStore(tmp_path_factory.mktemp("kept"))).runtime
+        sizes = dict.fromkeys(bench.data.client_ids, PredictedBytes(upload=9000, download=9000))
+
+        def predict(*given):
+            asked = replace(bench, config=make_config("fedavg", *THREE, *given))
+            return predict_clock(asked, runtime, bench.parts.lora_names, sizes, 0)
+
+        yield predict
+
+
+def test_check_waits_for_the_first_or_until_the_deadline_as_the_round_does(foretold):
+    plain = foretold()
+    fast, slow, _ = plain.seconds_by_client.values()
+    limit = (fast + slow) / 2
+    first = foretold("cohort.size=2", "cohort.over_select=1")
+    late = foretold(f"transport.round_seconds={limit}")
+    over_flower = foretold("transport.name=flower", f"transport.round_seconds={limit}")
+    rounds = [one.round_seconds for one in (plain, first, late, over_flower)]
+    # Adding up takes less than a thousandth of a turn; over Flower real seconds are waited for.
+    assert rounds == pytest.approx([slow, fast, limit, slow], rel=1e-3)
+    assert [one.slowest for one in (plain, first)] == ["client-001", "client-000"]
+    assert [one.late for one in (plain, first, late, over_flower)] == [(), (), ("client-001",), ()]
+    assert len(plain.warnings()) == len(late.warnings()) - 1
+    assert "and no upload comes in time" in replace(plain, slowest=None).rows()[0][1]
+
+
 def test_simulated_time_survives_a_crash_bit_for_bit(clocked_run, tmp_path, quiet, monkeypatch):
     config, folder = clocked_run
     save = experiment.save_checkpoint
@@ -275,7 +317,10 @@ def test_simulated_time_survives_a_crash_bit_for_bit(clocked_run, tmp_path, quie
 
 
 def test_a_clock_over_flower_is_the_one_in_process(clocked_run, tmp_path):
+    """The deadline is of real seconds there, and the round takes more in simulated ones alone."""
     config, folder = clocked_run
+    config = replace(config, transport=TransportSettings(name="flower", round_seconds=300.0))
+    assert max(line["simulated_seconds"]["total"] for line in read_lines(folder / "clients.jsonl")) > 300
     (tmp_path / "run").mkdir()
     run_config = {
         "experiment": resolved_toml(config),

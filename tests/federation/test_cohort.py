@@ -28,6 +28,12 @@ def test_more_clients_than_there_are_cannot_be_drawn():
         draw_cohort(CLIENTS, CohortSettings(size=9), 0, 1)
 
 
+def test_more_uploads_than_there_are_clients_cannot_be_asked_for():
+    settings = CohortSettings(min_uploads=9, on_failure="continue")
+    with pytest.raises(UserError, match=r"cohort\.min_uploads is 9, but there are only 8 clients: no round"):
+        draw_cohort(CLIENTS, settings, 0, 1)
+
+
 def test_memory_is_cycled_over_the_clients_in_bytes():
     settings = CohortSettings(memory_gb=(0.5, 8))
     assert [settings.memory_bytes(position) for position in range(3)] == [5e8, 8e9, 5e8]

@@ -92,6 +92,7 @@ def test_certificates_end_when_they_are_told_to(made):
         (["../a"], {}, '--sites names "../a"'),
         ([], {}, "--sites is empty"),
         (["a"], {"days": 0}, "--days is 0"),
+        (["a"], {"days": 99_999_999}, r"--days is 99999999; it must be from 1 to 36500"),
         (["a"], {"hosts": ["hôte"]}, '--hosts names "hôte"'),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 from functools import lru_cache
 
@@ -9,7 +10,7 @@ import pytest
 from flower_grid import Clock, InMemoryGrid, app_node
 
 from fedexperts.cli.program import main
-from fedexperts.config.load import resolved_toml
+from fedexperts.config.load import config_sha256, resolved_toml
 from fedexperts.config.toml import render_toml
 from fedexperts.data.tinyworld import CATEGORIES, make_example
 from fedexperts.errors import UserError
@@ -19,7 +20,7 @@ from fedexperts.federation.flower_server import serve
 from fedexperts.federation.flower_transport import FlowerTransport, Patience
 from fedexperts.federation.site_settings import SiteSettings
 from fedexperts.federation.wire import pack, unpack
-from fedexperts.messages import Upload, decode_upload, encode_upload
+from fedexperts.messages import Download, Upload, decode_upload, encode_download, encode_upload
 from fedexperts.run_directory import RunDirectory, read_json, read_lines
 from fedexperts.running.experiment import run_experiment
 
@@ -172,6 +173,23 @@ def test_a_site_uses_and_exports_its_model_and_the_server_what_is_shared(told, t
     capsys.readouterr()
 
 
+def test_doctor_verifies_what_a_site_keeps(told, tmp_path, capsys):
+    run = shutil.copytree(at_home(told, "alder"), tmp_path / "alder")
+    assert main(["doctor", str(run)]) == 0
+    damaged = run / "clients" / "alder" / "adapted.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert main(["doctor", str(run)]) == 1
+    assert f"wrong: {damaged} is damaged" in capsys.readouterr().out
+
+
+def test_a_site_forgets_where_its_client_is(told, tmp_path, capsys):
+    run = shutil.copytree(at_home(told, "alder"), tmp_path / "alder")
+    assert main(["forget", str(run), "--all"]) == 0
+    assert "on their own machines" not in capsys.readouterr().out
+    assert list((run / "clients").iterdir()) == []
+    assert main(["doctor", str(run)]) == 0
+
+
 def test_what_a_site_keeps_is_for_its_owner_alone(told):
     found = list((told / "home-alder").rglob("*"))
     assert {stat.S_IMODE(path.stat().st_mode) for path in found if path.is_file()} == {0o600}
@@ -191,6 +209,17 @@ def test_a_site_that_tells_no_counts_weighs_as_one_and_tells_none(untold, capsys
     assert "num_truncated" in read_lines(at_home(folder, "alder") / "clients.jsonl")[0]
     assert main(["report", str(folder / "server")]) == 0
     capsys.readouterr()
+
+
+def test_a_private_site_weighs_as_one_whatever_its_number_of_examples(make_config, tmp_path):
+    private = ("privacy.clip_norm=1", "privacy.noise_multiplier=1", "privacy.noise=client")
+    config = site_config(make_config, "fedavg", *private)
+    start_sites(config, tmp_path, [])
+    download = Download(round_number=1, task="train", config_sha256=config_sha256(config))
+    run_config = {"experiment": resolved_toml(config), "run-directory": "server", "run-token": "0123456789ab"}
+    upload = flower_site.answer_as_site(encode_download(download), str(tmp_path / "alder.toml"), run_config)
+    assert upload.failure == ""
+    assert set(upload.weights.values()) == {1.0}
 
 
 def test_a_site_that_tells_nothing_keeps_routing_experts_and_exam_to_itself(untold, capsys):

@@ -85,7 +85,7 @@ from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.seam import MoeLayer
 from fedexperts.moe.surgery.slots import split_layer
 from fedexperts.seeds import derive_random, derive_seed
-from fedexperts.tensors import Tensors
+from fedexperts.tensors import Tensors, num_bytes
 from fedexperts.training.local_steps import LocalResult
 
 EXPLORED = "explored"
@@ -419,6 +419,14 @@ class Flux(FluxSettings):
                 seed=client.derive_seed("activations"),
             )
 
+    def bytes_beside(self, parts: ModelParts, kept: Kept, sent: Sent) -> int:
+        """Add what is trained as it was before, where a turn needs that."""
+        names = self._sent_names(parts, sent) if self.keeps_start else ()
+        return super().bytes_beside(parts, kept, sent) + num_bytes(seam.tensor_views(parts.model, names))
+
+    def _sent_names(self, parts: ModelParts, sent: Sent) -> tuple[str, ...]:
+        return (parts.lora_names if self.lora else ()) + names_of_role(parts.layers, sent.beside[ROLE])
+
     def client_update(self, client: Client, kept: Kept, sent: Sent) -> tuple[Upload, Kept]:
         """Profile, merge, take local steps on the tuned experts, and send those with their utilities."""
         parts, role_LE, watch = client.parts, sent.beside[ROLE], Stopwatch()
@@ -432,8 +440,7 @@ class Flux(FluxSettings):
         figures = self._profile_errors(client, used, fresh)
         with watch.phase("merge"):
             chosen, merged = self.start_steps(client, with_profile(kept, used), sent)
-        experts = names_of_role(parts.layers, role_LE)
-        names = (parts.lora_names if self.lora else ()) + experts
+        experts, names = names_of_role(parts.layers, role_LE), self._sent_names(parts, sent)
         before = seam.current(parts.model, names) if self.keeps_start else {}
         steps = self.take_steps(client, sent)
         upload = upload_of(
@@ -463,11 +470,6 @@ class Flux(FluxSettings):
             self.install(client, before, sent)
             fresh = self._profile(client, self.profile_bits)
         return with_profile(kept, fresh), watch.seconds
-
-    @property
-    def keeps_start(self) -> bool:
-        """Whether a turn needs what it trains as it was before: to send changes."""
-        return self.upload != "weights"
 
     def finish(self, client: Client, before: Tensors) -> None:
         """Make the model the client's own after the upload: it is, as it was trained."""

@@ -1,7 +1,7 @@
 """Settings of Flux (flux.py), and the room that a client's memory has for its role."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from fedexperts.algorithms.api import ClientFacts, ModelParts, refuse_below, ref
 from fedexperts.algorithms.packing import Packing
 from fedexperts.algorithms.role_sizes import account_of_role, sizes_of_roles
 from fedexperts.algorithms.tuned_experts import TunedExperts
-from fedexperts.costs.room import Room
+from fedexperts.costs.room import FLOAT_BYTES, TUNED_BYTES, Room
 from fedexperts.errors import UserError, refuse_unknown
 from fedexperts.moe.compressing.merge import MergeSettings
 from fedexperts.moe.observing.low_bit_profile import ProfileBits
@@ -117,7 +117,17 @@ class FluxSettings(TunedExperts):
 
     def room(self, parts: ModelParts) -> Room:
         """Return the account of a client's turn, by numbers of tuned and of frozen experts."""
-        return account_of_role(parts)
+        return replace(account_of_role(parts), tuned_bytes=self.tuned_bytes)
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether a turn needs what it trains as it was before: to send changes."""
+        return self.upload != "weights"
+
+    @property
+    def tuned_bytes(self) -> int:
+        """Bytes of each parameter of a tuned expert, its start included where that is kept."""
+        return TUNED_BYTES + FLOAT_BYTES * self.keeps_start
 
     def room_for(self, parts: ModelParts, clients: Sequence[ClientFacts]) -> Tensor:
         """Return how many experts each client has room to tune, by the account of ``plan``; int64 (C,).

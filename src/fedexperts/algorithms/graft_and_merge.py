@@ -92,7 +92,8 @@ class GraftAndMerge(Flux):
         def add(layers: Sequence[MoeLayer]) -> None:
             grafting.graft(layers, [0] * len(layers), self.graft, seed=0)
 
-        return room_of(parts.model, parts.layers, parts.largest_batch, parts.training, add)
+        room = room_of(parts.model, parts.layers, parts.largest_batch, parts.training, add)
+        return replace(room, tuned_bytes=self.tuned_bytes)
 
     def expected(self, parts: ModelParts, state: ServerState, client_id: str) -> Expected:
         """Return what Flux expects, and the gates' openness by layer."""

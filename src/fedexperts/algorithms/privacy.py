@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,18 +71,19 @@ class PrivacySettings:
         """Whether changes are clipped."""
         return self.clip_norm > 0
 
-    def generator(self, *names: str | int) -> torch.Generator:
+    def generator(self, *names: str | int) -> np.random.Generator:
         """Return where the noise of one round, or of one client in it, comes from."""
-        is_free = self.noise_seed == _FROM_THE_SYSTEM
-        seed = secrets.randbits(63) if is_free else derive_seed(self.noise_seed, "privacy", *names)
-        return torch.Generator().manual_seed(seed)
+        if self.noise_seed == _FROM_THE_SYSTEM:
+            return secret_generator()
+        return _keyed(derive_seed(self.noise_seed, "privacy", *names))
 
     def private(
         self, upload: Upload, came: Mapping[str, Tensor], client_id: str, round_number: int
     ) -> Upload:
         """Return what a client sends: every client weighs the same, and what only reports need stays away.
 
-        With ``noise = "client"`` the change from ``came`` is clipped and noised.
+        With ``noise = "client"`` the change from ``came``, the client's tensors before its turn, is clipped
+        and noised.
         """
         bare = replace(upload, weights=dict.fromkeys(upload.tensors, 1.0), tables={}, measured={})
         if self.noise == "server":
@@ -120,7 +122,7 @@ class PrivateMean(WeightedMean):
         before: Mapping[str, Tensor],
         settings: PrivacySettings,
         cohort_size: int,
-        generator: torch.Generator,
+        generator: np.random.Generator,
     ) -> None:
         """Draw the noise of each of the tensors ``before``, in the order of their names."""
         super().__init__()
@@ -157,6 +159,18 @@ def clipped(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor], clip_no
     )
 
 
-def gaussian(like: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
+def secret_generator() -> np.random.Generator:
+    """Return a generator with a key of 128 bits from the operating system.
+
+    Torch's takes 32 bits of a seed alone: who knows a few values can try them all, and take the noise off.
+    """
+    return _keyed(secrets.randbits(128))
+
+
+def _keyed(key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def gaussian(like: Tensor, deviation: float, generator: np.random.Generator) -> Tensor:
     """Return Gaussian noise of one tensor's shape, in float64."""
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64) * deviation
+    return torch.as_tensor(generator.standard_normal(tuple(like.shape)), dtype=torch.float64) * deviation

@@ -103,11 +103,3 @@ def bytes_of_copies(algorithm: Algorithm, parts: ModelParts, kept: Kept, sent: S
     names = trained_names(algorithm, parts, sent)
     undo.will_write({name: parts.model.get_parameter(name) for name in names})
     return algorithm.bytes_beside(parts, kept, sent) + undo.copied_bytes
-
-
-def parameter_table(parts: ModelParts, groups: Mapping[str, str]) -> dict[str, int]:
-    """Number of parameters by group, where ``groups`` gives each parameter's."""
-    table: dict[str, int] = {}
-    for name, parameter in parts.model.named_parameters():
-        table[groups[name]] = table.get(groups[name], 0) + parameter.numel()
-    return table

@@ -46,11 +46,13 @@ class Room:
     """Of one kept or merged expert."""
     activations: Callable[[int], int]
     """Of that many tuned experts: at the fullest moment of the forward and backward pass."""
+    tuned_bytes: int = TUNED_BYTES
+    """Of each parameter of a tuned expert."""
 
     @property
     def tuned_bytes_each(self) -> int:
-        """Of one tuned expert: weights, gradient and AdamW's state."""
-        return self.parameters_each * TUNED_BYTES
+        """Of one tuned expert: weights, gradient and AdamW's state, and what a method holds beside them."""
+        return self.parameters_each * self.tuned_bytes
 
     def frozen(self, num_tuned: int, num_merged: int | None) -> int:
         """Return the frozen experts beside ``num_tuned``: merged, or with None each that is not tuned."""

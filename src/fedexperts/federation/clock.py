@@ -60,11 +60,11 @@ class Clock:
         self._turns.append(turn)
         return seconds
 
-    def seconds_until_upload(
+    def foreseen(
         self, client_id: str, work: Mapping[str, PhaseWork], *, download_bytes: int, upload_bytes: int
-    ) -> float:
-        """Return how long after the round's start an upload is there; nothing is recorded."""
-        return self._timed(client_id, work, download_bytes, upload_bytes)[1]["total"]
+    ) -> dict[str, float]:
+        """Return the same of a turn that may not count; nothing is recorded."""
+        return self._timed(client_id, work, download_bytes, upload_bytes)[1]
 
     def wait(self, seconds: float) -> None:
         """Let the round under way last so long at least: somebody did not come in time."""

@@ -60,6 +60,11 @@ class CohortSettings:
         if not all(memory > 0 for memory in self.memory_gb):
             raise UserError(f"memory_gb must have numbers above 0 only, but is {list(self.memory_gb)}")
 
+    @property
+    def wanted(self) -> int:
+        """Uploads of a round after which no other is waited for; 0 to wait for all."""
+        return self.size if self.over_select else 0
+
     def memory_bytes(self, position: int) -> int:
         """Return the memory of the client at ``position`` in the data; 0 for no limit."""
         return round(self.memory_gb[position % len(self.memory_gb)] * 1e9) if self.memory_gb else 0
@@ -71,12 +76,17 @@ def draw_cohort(
     """Return the clients that are asked in a round, in the order of ``client_ids``.
 
     Raises:
-        UserError: the cohort is larger than the federation.
+        UserError: the cohort, or the fewest uploads of it, are more than the federation has clients.
     """
     number = settings.size + settings.over_select
     if number > len(client_ids):
         more = f" and cohort.over_select {settings.over_select}" if settings.over_select else ""
         raise UserError(f"cohort.size is {settings.size}{more}, but there are only {len(client_ids)} clients")
+    if settings.min_uploads > len(client_ids):
+        raise UserError(
+            f"cohort.min_uploads is {settings.min_uploads}, but there are only {len(client_ids)} clients: no "
+            "round would count"
+        )
     if number in (0, len(client_ids)):
         return tuple(client_ids)
     drawn = set(derive_random(seed, "cohort", round_number).sample(list(client_ids), number))

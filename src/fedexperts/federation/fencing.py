@@ -1,10 +1,10 @@
 """Refuse uploads that come too late by the simulated clock: after the deadline, or after enough others."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedexperts.costs.work import from_figures
 from fedexperts.federation.clock import Clock
@@ -12,6 +12,8 @@ from fedexperts.federation.norm_guard import Judged, Norms
 from fedexperts.federation.spool import Spool
 from fedexperts.federation.transport import Delivery
 from fedexperts.messages import Upload, decode_upload, encode_upload
+
+Sender = TypeVar("Sender")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +52,9 @@ def fenced_by_clock(
     """
     with Spool(folder) as spool:
         waiting = [_waiting(one, clock, spool) for one in judged]
-        good = sorted((one.seconds, place) for place, one in enumerate(waiting) if not one.reason)
-        in_time = [place for seconds, place in good if not limit or seconds <= limit]
-        taken = set(in_time[: wanted or None])
-        if limit and len(in_time) < len(good) and (not wanted or len(taken) < wanted):
-            clock.wait(limit)
+        good = {place: one.seconds for place, one in enumerate(waiting) if not one.reason}
+        in_time = first_in_time(good, clock, wanted=wanted, limit=limit)
+        taken = in_time[: wanted or None]
         for place, one in enumerate(waiting):
             if one.reason or place in taken:
                 upload = decode_upload(one.read())
@@ -64,6 +64,23 @@ def fenced_by_clock(
                 yield replace(one.delivery, fenced=kind), _reason(kind, one.seconds, wanted, limit), None
 
 
+def first_in_time(
+    seconds: Mapping[Sender, float], clock: Clock, *, wanted: int, limit: float
+) -> list[Sender]:
+    """Return whose uploads come before the limit, the first in front; where they are too few, wait for it.
+
+    Args:
+        seconds: until each upload comes, in the order of the cohort.
+        clock: of the round.
+        wanted: number of uploads after which no other is waited for; 0 to wait for all.
+        limit: seconds after the round's start at which it is too late; 0 for no limit.
+    """
+    in_time = [one for one in sorted(seconds, key=seconds.__getitem__) if not limit or seconds[one] <= limit]
+    if len(in_time) < min(len(seconds), wanted or len(seconds)):
+        clock.wait(limit)
+    return in_time
+
+
 def _waiting(judged: Judged, clock: Clock, spool: Spool) -> _Waiting:
     delivery, reason, norms = judged
     return _Waiting(
@@ -71,7 +88,7 @@ def _waiting(judged: Judged, clock: Clock, spool: Spool) -> _Waiting:
         reason=reason,
         norms=norms,
         read=spool.keep(encode_upload(Upload(failure=reason) if reason else delivery.upload)),
-        seconds=math.inf if reason else clock.seconds_until_upload(**turn_of(delivery)),
+        seconds=math.inf if reason else clock.foreseen(**turn_of(delivery))["total"],
     )
 
 

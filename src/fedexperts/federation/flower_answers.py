@@ -20,7 +20,8 @@ from fedexperts.federation.flower_transport import IDENTIFY
 from fedexperts.federation.interruption import interruptible
 from fedexperts.federation.personal import PersonalStore
 from fedexperts.federation.runtime import ClientRuntime
-from fedexperts.messages import Upload, decode_download, encode_upload
+from fedexperts.federation.workers import encoded
+from fedexperts.messages import Upload, decode_download
 from fedexperts.running.workbench import Workbench, open_workbench
 
 _open = ExitStack()
@@ -48,7 +49,7 @@ def answer_bytes(
             upload = _answer(blob, run_config, node_config)
     except UserError as error:
         upload = Upload(failure=str(error))
-    return encode_upload(upload)
+    return encoded(upload)
 
 
 def _answer(blob: bytes, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Upload:

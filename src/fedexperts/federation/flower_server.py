@@ -67,7 +67,7 @@ def _patience(config: RunConfig) -> Patience:
     return Patience(
         answer_seconds=config.transport.timeout_seconds,
         round_seconds=config.transport.round_seconds,
-        wanted=config.cohort.size if config.cohort.over_select else 0,
+        wanted=config.cohort.wanted,
     )
 
 

@@ -90,7 +90,9 @@ def _answer(blob: bytes, site_file: str, run_config: Mapping[str, Any]) -> Uploa
     if upload.failure:
         raise UserError(upload.failure)
     site.record.add(download, upload, len(blob))
-    num_train = len(site.scorer.runtime.encoded(name)[0]) if upload.weights else 1
+    # With [privacy] every client weighs the same already.
+    is_weighed = bool(upload.weights) and not config.privacy.is_on
+    num_train = len(site.scorer.runtime.encoded(name)[0]) if is_weighed else 1
     return told(upload, site.settings, num_train)
 
 

@@ -33,20 +33,25 @@ PROBES = 4
 def main(folder: Path, parent: int) -> None:
     """Listen, and serve one request after the other, until the process ``parent`` has ended."""
     os.umask(0o077)
-    place = Path(tempfile.mkdtemp(prefix="fedexperts-"))
-    threading.Thread(target=_end_with, args=(parent, place), daemon=True).start()
-    token = secrets.token_bytes(32)
-    with Listener(str(place / "worker"), family="AF_UNIX", authkey=token) as listener:
-        known = {"socket": str(place / "worker"), "token": token.hex(), "parent": parent}
-        write_atomically(folder / WORKER_FILE, json.dumps(known).encode(), is_private=True)
-        worker = Worker(os.environ.get(SERVER, ""))
-        while not worker.is_over:
-            try:
-                with listener.accept() as connection:
-                    worker.serve(connection)
-            except (AuthenticationError, EOFError, OSError) as error:
-                print(f"a request to the worker broke off: {error!r}", file=sys.stderr, flush=True)
-    shutil.rmtree(place, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="fedexperts-", ignore_cleanup_errors=True) as made:
+        place = Path(made)
+        threading.Thread(target=_end_with, args=(parent, place), daemon=True).start()
+        token = secrets.token_bytes(32)
+        with Listener(str(place / "worker"), family="AF_UNIX", authkey=token) as listener:
+            known = {"socket": str(place / "worker"), "token": token.hex(), "parent": parent}
+            write_atomically(folder / WORKER_FILE, json.dumps(known).encode(), is_private=True)
+            _serve_all(listener)
+
+
+def _serve_all(listener: Listener) -> None:
+    """Serve one request after the other until one of another run comes."""
+    worker = Worker(os.environ.get(SERVER, ""))
+    while not worker.is_over:
+        try:
+            with listener.accept() as connection:
+                worker.serve(connection)
+        except (AuthenticationError, EOFError, OSError) as error:
+            print(f"a request to the worker broke off: {error!r}", file=sys.stderr, flush=True)
 
 
 def _end_with(parent: int, place: Path) -> None:

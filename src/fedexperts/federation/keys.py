@@ -23,6 +23,9 @@ NODE_KEY = "node.key"
 SITES = "sites"
 """Folder, among the server's, of the sites' public keys, ``NAME.pub``."""
 
+MOST_DAYS = 36_500
+"""Days that a certificate is valid at most: its dates have years of four digits."""
+
 LOOPBACK = ("localhost", "127.0.0.1")
 """Always in the server's certificate: its own programs reach it so."""
 
@@ -64,8 +67,8 @@ def _check(sites: Sequence[str], days: int) -> None:
             )
     if not sites:
         raise UserError("--sites is empty; it must name the sites, as in --sites north,south")
-    if days < 1:
-        raise UserError(f"--days is {days}; it must be at least 1")
+    if not 1 <= days <= MOST_DAYS:
+        raise UserError(f"--days is {days}; it must be from 1 to {MOST_DAYS}")
 
 
 def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:

@@ -83,7 +83,9 @@ class Federation:
     run_name: str = ""
     """Unlike any other run's: an upload must repeat it."""
     round_seconds: float = 0.0
-    """Deadline of a round in the clock's seconds; 0 for none."""
+    """Deadline of a round; 0 for none."""
+    waits_by_clock: bool = False
+    """Whether the clock says which uploads come in time; elsewhere the transport does."""
     spool_folder: Path | None = None
     """Folder on whose disk uploads wait, where the first of a round are taken."""
     memory_plan: MemoryPlan | None = None
@@ -159,10 +161,10 @@ class Federation:
             if reason:
                 self._refuse(record, delivery, reason)
             else:
-                predicted = predict_round(self.algorithm, self.parts, planned, client_id)
-                if self._leaves_tables_out(upload):
-                    due = self._expected(planned, delivery)
-                    predicted = replace(predicted, upload=predict_upload_bytes(due))
+                has_tables = not self._leaves_tables_out(upload)
+                predicted = predict_round(
+                    self.algorithm, self.parts, planned, client_id, has_tables=has_tables
+                )
                 line = client_line(delivery, record.round_number, predicted)
                 line["upload_sha256"] = ledger.hashes[client_id]
                 if self.memory_plan:
@@ -182,13 +184,11 @@ class Federation:
                 line["algorithm"] |= end.measured
 
     def _in_time(self, judged: Iterable[Judged]) -> Iterator[Judged]:
-        """Refuse uploads that would come too late by the clock; elsewhere the transport does."""
-        if self.clock is None or not (self.cohort.over_select or self.round_seconds):
+        """Refuse uploads that would come too late by the clock."""
+        wanted, limit = self.cohort.wanted, self.round_seconds
+        if self.clock is None or not self.waits_by_clock or not (wanted or limit):
             return iter(judged)
-        wanted = self.cohort.size if self.cohort.over_select else 0
-        return fenced_by_clock(
-            judged, self.clock, wanted=wanted, limit=self.round_seconds, folder=self.spool_folder
-        )
+        return fenced_by_clock(judged, self.clock, wanted=wanted, limit=limit, folder=self.spool_folder)
 
     def _judged(self, planned: ServerState, ledger: Ledger, delivery: Delivery) -> Judged:
         """Return an answer with the reason why it is refused, or else with its norms, if these are judged."""

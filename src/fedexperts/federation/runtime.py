@@ -180,9 +180,13 @@ class ClientRuntime:
 
     def _private(self, upload: Upload, client_id: str, download: Download) -> Upload:
         """Return what a client sends with differential privacy, if that is asked for."""
-        if not self.settings.privacy.is_on:
+        privacy, came = self.settings.privacy, download.sent.tensors
+        if not privacy.is_on:
             return upload
-        return self.settings.privacy.private(upload, download.sent.tensors, client_id, download.round_number)
+        if upload.tensors.keys() - came.keys():
+            # What does not travel in the first round starts as it is in every client's model.
+            came = {**self.algorithm.init(self.parts, ()).tensors, **came}
+        return privacy.private(upload, came, client_id, download.round_number)
 
     def _go_on(self, client_id: str, download: Download, kept: Kept) -> Upload:
         """Do what the upload need not wait for, and save; return what that took, or why it was impossible."""

@@ -1,12 +1,13 @@
 """Leave out of a site's answers what the site does not tell, and add noise to its routing histograms."""
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fedexperts.algorithms.privacy import secret_generator
 from fedexperts.federation.edge import REQUIRED_METRICS
 from fedexperts.federation.scoring import ROUTING_NAMES, SUBJECTS
 from fedexperts.federation.site_settings import SiteSettings
@@ -20,7 +21,8 @@ def told(upload: Upload, settings: SiteSettings, num_train: int) -> Upload:
     Args:
         upload: the answer as the site keeps it.
         settings: says what may be told.
-        num_train: training examples with a label, the weight of this upload's tensors.
+        num_train: training examples with a label, by which this upload's tensors are weighed; 1 if they are
+            not.
     """
     if "counts" not in settings.tell:
         upload = _without_counts(upload, num_train)
@@ -51,7 +53,7 @@ def _beside(beside: Tensors, settings: SiteSettings) -> Tensors:
     if not settings.routing_noise:
         return kept
     # The server knows the run's seed, so this noise must come from elsewhere.
-    generator = torch.Generator().manual_seed(secrets.randbits(63))
+    generator = secret_generator()
     noised = {
         name: noisy_counts(kept[name], settings.routing_noise, generator)
         for name in ROUTING_NAMES
@@ -60,9 +62,8 @@ def _beside(beside: Tensors, settings: SiteSettings) -> Tensors:
     return kept | noised
 
 
-def noisy_counts(counts: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+def noisy_counts(counts: Tensor, scale: float, generator: np.random.Generator) -> Tensor:
     """Return counts with Laplace noise of this scale, rounded and not below 0; -1 (no expert) stays."""
-    uniform = torch.rand(counts.shape, generator=generator, dtype=torch.float64) - 0.5
-    noise = -scale * uniform.sign() * torch.log1p(-2 * uniform.abs())
+    noise = torch.as_tensor(generator.laplace(scale=scale, size=tuple(counts.shape)))
     noised = (counts + noise).round().clamp(min=0).to(counts.dtype)
     return torch.where(counts < 0, counts, noised)

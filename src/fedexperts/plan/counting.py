@@ -268,12 +268,14 @@ class Counter:
 
     def room(self, precision: Precision) -> Room:
         """Return the account of experts in slots, the frozen ones in ``precision``."""
+        algorithm = self.settings.algorithm
         return Room(
             num_experts=self.experts.number,
             parameters_each=self.experts.parameters_each,
             other_bytes=self.other_bytes,
             frozen_bytes_each=self.experts.bytes_each[precision],
             activations=self.tuned_activations,
+            tuned_bytes=algorithm.tuned_bytes if isinstance(algorithm, FluxSettings) else TUNED_BYTES,
         )
 
 

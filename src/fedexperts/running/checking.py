@@ -14,6 +14,7 @@ from fedexperts.algorithms.api import trained_names
 from fedexperts.config.schema import RunConfig
 from fedexperts.costs.dry_run import BatchShape
 from fedexperts.costs.memory import MEMORY_PARTS, PredictedMemory, bytes_of_copies, predict_memory
+from fedexperts.costs.privacy import describe_privacy
 from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.costs.traffic import PredictedBytes, predict_round
 from fedexperts.data.batches import BatchCounts, encode_all
@@ -27,6 +28,7 @@ from fedexperts.report.tables import make_table
 from fedexperts.report.terminal import terminal_table
 from fedexperts.running.predicted_clock import PredictedClock, predict_clock
 from fedexperts.running.predicted_roles import PredictedRole, predict_roles, role_table
+from fedexperts.running.privacy import privacy_of_run
 from fedexperts.running.result import describe_parameters
 from fedexperts.running.retention_time import PredictedRetention, predict_retention
 from fedexperts.running.workbench import Workbench, open_workbench, refuse_processes
@@ -71,6 +73,8 @@ class CheckReport:
     """Largest plan of a client's process in the first round; None where clients are resident."""
     roles: Mapping[str, PredictedRole] = field(default_factory=dict)
     """Roles of the first round by client; empty for a method without roles."""
+    privacy: Mapping[str, Any] | None = None
+    """Privacy after all rounds; None without ``[privacy]``."""
     quantised: str = ""
     """Sentence about experts in few bits; empty where none is."""
 
@@ -154,6 +158,8 @@ class CheckReport:
             rows.append(["experts in few bits", self.quantised])
         if self.retention is not None:
             rows.append(_retention_row(self.retention))
+        if self.privacy is not None:
+            rows.append(describe_privacy(self.privacy).split(": ", 1))
         if self.clock is not None:
             rows += self.clock.rows()
         caption = (
@@ -210,6 +216,7 @@ class CheckReport:
             "process_memory_bytes": self.process_bytes,
             **({"roles": {name: asdict(role) for name, role in self.roles.items()}} if self.roles else {}),
             "retention": None if self.retention is None else asdict(self.retention),
+            **({} if self.privacy is None else {"privacy": dict(self.privacy)}),
             **({"quantised_experts": self.quantised} if self.quantised else {}),
         } | ({} if self.clock is None else {"clock": asdict(self.clock)})
 
@@ -236,7 +243,12 @@ def check_experiment(config: RunConfig) -> CheckReport:
         state = algorithm.plan_round(state, cohort, 1)
         sent = algorithm.download(state, cohort[0])
         expected = algorithm.expected(parts, state, cohort[0])
-        predicted = {client_id: predict_round(algorithm, parts, state, client_id) for client_id in cohort}
+        is_private = config.privacy.is_on
+        privacy = privacy_of_run(config, bench.data.client_ids, expected) if is_private else None
+        predicted = {
+            client_id: predict_round(algorithm, parts, state, client_id, has_tables=not is_private)
+            for client_id in cohort
+        }
         is_limited = is_on_disk or (algorithm.fits_slots and any(bench.memory_bytes.values()))
         plan = algorithm.memory_plan(parts) if is_limited else None
         process_bytes = max(plan(state, client_id) for client_id in cohort) if plan and is_on_disk else None
@@ -267,6 +279,7 @@ def check_experiment(config: RunConfig) -> CheckReport:
                 clock=predict_clock(bench, runtime, trained, predicted, memory.total),
                 process_bytes=process_bytes,
                 roles=roles,
+                privacy=privacy,
             )
 
 

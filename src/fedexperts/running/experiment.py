@@ -12,7 +12,7 @@ from fedexperts.algorithms.api import ModelParts, ServerState
 from fedexperts.algorithms.privacy import PrivateRounds
 from fedexperts.config.load import config_sha256, difference, load_config, resolved_toml, to_table
 from fedexperts.config.schema import RunConfig
-from fedexperts.costs.privacy import describe_privacy, privacy_of
+from fedexperts.costs.privacy import describe_privacy
 from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.errors import UserError
 from fedexperts.evaluation.retention import RETENTION_SCORES
@@ -23,7 +23,6 @@ from fedexperts.federation.checkpoint import (
     save_checkpoint,
 )
 from fedexperts.federation.clock import Clock
-from fedexperts.federation.cohort import draw_cohort
 from fedexperts.federation.edge import evaluation_refusal
 from fedexperts.federation.flower_launch import FlowerLink, run_with_flower
 from fedexperts.federation.inprocess import InProcess
@@ -37,6 +36,7 @@ from fedexperts.messages import Upload
 from fedexperts.models.held_experts import quantised_experts
 from fedexperts.run_directory import RunDirectory, append_lines, read_lines, write_atomically
 from fedexperts.running.environment import describe_environment
+from fedexperts.running.privacy import privacy_of_run
 from fedexperts.running.progress import Progress
 from fedexperts.running.result import ResultParts, build_result, describe_parameters, mean_metrics
 from fedexperts.running.workbench import Workbench, open_workbench, open_worker_pool, personal_store
@@ -144,7 +144,7 @@ class ServerRun:
     def run(self) -> dict[str, Any]:
         """Run all rounds that are left, evaluate, and write the result."""
         frozen = self.scorer.runtime.model_sha256()
-        federation = self._federation()
+        federation, privacy = self._federation(), self._privacy()
         reached = self._start(federation)
         self._set_clock(federation.clock)
         with self.stopwatch.phase("rounds"):
@@ -179,7 +179,7 @@ class ServerRun:
                 frozen_unchanged=frozen_same,
                 seconds=self._seconds(),
                 clock=federation.clock,
-                privacy=self._privacy() if self.config.privacy.is_on else None,
+                privacy=privacy,
             )
         )
         write_sealed(self.directory.result, result)
@@ -195,7 +195,7 @@ class ServerRun:
 
     def _start(self, federation: Federation) -> Checkpoint:
         """Return the state to go on from; at the very beginning also score the pretrained model."""
-        private, reached = self._private(), load_checkpoint(self.directory)
+        reached = load_checkpoint(self.directory)
         if reached is None:
             state = self.config.algorithm.init(self.scorer.runtime.parts, self.transport.clients)
             bad = first_non_finite({**state.tensors, **state.beside})
@@ -207,34 +207,28 @@ class ServerRun:
                 self._score_base(federation, reached)
             self._save(reached)
         drop_unfinished_round(self.directory)
-        state = replace(reached.state, aggregation=self.config.aggregation, private=private)
+        config = self.config
+        number = config.cohort.size or len(self.transport.clients)
+        private = PrivateRounds(settings=config.privacy, cohort_size=number) if config.privacy.is_on else None
+        state = replace(reached.state, aggregation=config.aggregation, private=private)
         reached = replace(reached, state=state)
         self.progress.start(self.config.rounds, reached.state.round_number + 1)
         return reached
 
-    def _private(self) -> PrivateRounds | None:
-        """Return the server's share of privacy; refuse a run in which there is nothing to protect."""
-        config, runtime, clients = self.config, self.scorer.runtime, self.transport.clients
-        if not config.privacy.is_on:
-            return None
-        state = config.algorithm.init(runtime.parts, clients)
-        expected = config.algorithm.expected(runtime.parts, state, clients[0].client_id)
-        if expected.beside or not expected.tensors:
-            found = (
-                f"send {sorted(expected.beside)[0]!r} beside them" if expected.beside else "send no tensors"
-            )
-            raise UserError(
-                f"[privacy] covers the mean of uploaded tensors, but this algorithm's clients {found}"
-            )
-        self.progress.message(describe_privacy(self._privacy()))
-        return PrivateRounds(settings=config.privacy, cohort_size=config.cohort.size or len(clients))
+    def _privacy(self) -> dict[str, Any] | None:
+        """Return, and tell, the run's privacy after all its rounds; None without ``[privacy]``.
 
-    def _privacy(self) -> dict[str, Any]:
-        """Return the run's privacy after all its rounds."""
-        config, ids = self.config, [facts.client_id for facts in self.transport.clients]
-        rounds = range(1, config.rounds + 1)
-        cohorts = [draw_cohort(ids, config.cohort, config.seed, number) for number in rounds]
-        return privacy_of(config.privacy, cohorts)
+        Raises:
+            UserError: there is nothing to protect.
+        """
+        if not self.config.privacy.is_on:
+            return None
+        clients, parts = self.transport.clients, self.scorer.runtime.parts
+        state = self.config.algorithm.init(parts, clients)
+        ids = [facts.client_id for facts in clients]
+        privacy = privacy_of_run(self.config, ids, self.config.algorithm.expected(parts, state, ids[0]))
+        self.progress.message(describe_privacy(privacy))
+        return privacy
 
     def _save(self, reached: Checkpoint) -> None:
         save_checkpoint(self.directory, reached, keep_states=self.config.keep_states)
@@ -259,6 +253,7 @@ class ServerRun:
             config_sha256=config_sha256(config),
             run_name=self.directory.name_on_nodes(),
             round_seconds=config.transport.round_seconds,
+            waits_by_clock=config.transport.name == "inprocess",
             spool_folder=self.directory.path,
             lr_of_round=lambda round_number: (
                 config.training.lr * learning_rate_share(round_number, config.rounds, config.training)

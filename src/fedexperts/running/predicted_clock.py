@@ -3,13 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 from rich.console import RenderableType
 
+from fedexperts.config.schema import RunConfig
 from fedexperts.costs.dry_run import BatchShape, peak_of_local_steps
 from fedexperts.costs.traffic import PredictedBytes
-from fedexperts.costs.work import MAIN_PHASE, WorkMeter, counting
+from fedexperts.costs.work import MAIN_PHASE, PhaseWork, WorkMeter, counting
 from fedexperts.federation.clock import Clock
+from fedexperts.federation.fencing import first_in_time
 from fedexperts.federation.runtime import ClientRuntime
 from fedexperts.report.tables import make_table
 from fedexperts.report.terminal import terminal_table
@@ -22,7 +25,7 @@ _BAR = 24
 
 @dataclass(frozen=True, kw_only=True)
 class PredictedClock:
-    """Simulated seconds of the first round: downloads, local steps and uploads."""
+    """Simulated seconds of the first round: downloads, local steps and uploads that come in time."""
 
     round_seconds: float
     run_seconds: float
@@ -31,14 +34,18 @@ class PredictedClock:
     """Of each client of the first round."""
     phases_by_client: Mapping[str, Mapping[str, float]]
     """The same by phase: download, local steps, upload, and a wait for the client's hours."""
-    slowest: str
+    slowest: str | None
+    """Client whose upload is the last that counts; None where no upload comes in time."""
+    late: tuple[str, ...]
+    """Clients of the first round whose uploads come after ``transport.round_seconds``."""
     short_of_memory: Mapping[str, str]
     """Device of each client of the first round on which one turn takes more memory than there is."""
 
     def rows(self) -> list[list[str]]:
         """Return what a table of predicted costs says."""
+        last = f"{self.slowest} is slowest" if self.slowest else "and no upload comes in time"
         return [
-            ["simulated time of a round", f"about {self.round_seconds:,.3g} s, {self.slowest} is slowest"],
+            ["simulated time of a round", f"about {self.round_seconds:,.3g} s, {last}"],
             ["simulated time of all rounds", f"about {self.run_seconds:,.3g} s"],
         ]
 
@@ -65,10 +72,15 @@ class PredictedClock:
         return bar.ljust(_BAR, "·")
 
     def warnings(self) -> list[str]:
-        """Return a sentence for each client whose device is too small."""
-        return [
+        """Return a sentence for each client whose device is too small, or too slow."""
+        short = [
             f"{client_id} takes its turn on {device}, which has less memory than the turn needs"
             for client_id, device in self.short_of_memory.items()
+        ]
+        return short + [
+            f"the upload of {client_id} comes after {self.seconds_by_client[client_id]:,.3g} simulated "
+            "seconds: transport.round_seconds refuses it"
+            for client_id in self.late
         ]
 
 
@@ -95,13 +107,17 @@ def predict_clock(
     meter = WorkMeter()
     shape = _mean_shape(runtime, list(bytes_by_client))
     peak_of_local_steps(bench.parts.model, trained, shape, config.training, counting(meter))
-    turns = {}
-    for client_id, sizes in bytes_by_client.items():
-        step = meter.work(bench.devices[client_id])[MAIN_PHASE]
-        steps = replace(step, seconds=step.seconds * config.training.num_local_steps)
-        turns[client_id] = clock.turn(
-            client_id, {MAIN_PHASE: steps}, download_bytes=sizes.download, upload_bytes=sizes.upload
-        )
+    asked = {
+        client_id: _turn(client_id, sizes, meter.work(bench.devices[client_id])[MAIN_PHASE], config)
+        for client_id, sizes in bytes_by_client.items()
+    }
+    turns = {client_id: clock.foreseen(**turn) for client_id, turn in asked.items()}
+    waits = config.transport.name == "inprocess"
+    wanted, limit = (config.cohort.wanted, config.transport.round_seconds) if waits else (0, 0.0)
+    totals = {client_id: told["total"] for client_id, told in turns.items()}
+    in_time = first_in_time(totals, clock, wanted=wanted, limit=limit)
+    for client_id in in_time[: wanted or None]:
+        clock.turn(**asked[client_id])
     first, names = clock.end_round(), clock.describe()["devices"]
     return PredictedClock(
         round_seconds=first["seconds"]["total"],
@@ -109,12 +125,24 @@ def predict_clock(
         seconds_by_client={client_id: told["total"] for client_id, told in turns.items()},
         phases_by_client=turns,
         slowest=first["slowest"],
+        late=tuple(client_id for client_id in turns if client_id not in in_time),
         short_of_memory={
             client_id: names[client_id]
             for client_id in bytes_by_client
             if bench.devices[client_id].memory_bytes < turn_bytes
         },
     )
+
+
+def _turn(client_id: str, sizes: PredictedBytes, step: PhaseWork, config: RunConfig) -> dict[str, Any]:
+    """Return what the clock needs to time a turn of so many local steps."""
+    steps = replace(step, seconds=step.seconds * config.training.num_local_steps)
+    return {
+        "client_id": client_id,
+        "work": {MAIN_PHASE: steps},
+        "download_bytes": sizes.download,
+        "upload_bytes": sizes.upload,
+    }
 
 
 def _mean_shape(runtime: ClientRuntime, client_ids: Sequence[str]) -> BatchShape:

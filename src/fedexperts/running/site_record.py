@@ -25,14 +25,13 @@ from fedexperts.messages import (
 from fedexperts.run_directory import (
     RunDirectory,
     append_lines,
-    read_json,
     read_lines,
     write_atomically,
 )
 from fedexperts.running.environment import describe_environment
 from fedexperts.running.experiment import client_scores, device_of
 from fedexperts.running.result import ResultParts, build_result, describe_parameters
-from fedexperts.seals import write_sealed
+from fedexperts.seals import read_sealed, write_sealed
 
 
 class SiteRecord:
@@ -92,7 +91,7 @@ class SiteRecord:
                 config=to_table(self._config),
                 state=_shared(download),
                 scores={self._name: client_scores(upload)},
-                base=read_json(run.base),
+                base=read_sealed(run.base),
                 subjects=self._scorer.subjects,
                 exam_global={},
                 retention_global={},
