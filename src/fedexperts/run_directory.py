@@ -185,6 +185,11 @@ class GrowingHash:
         return {"num_bytes": self._num_bytes, SEAL: self._digest.hexdigest()}
 
 
+def name_at_sites(folder: Path, token: str) -> str:
+    """Return the name of a run's folder at its sites, by the server's folder and the run's token."""
+    return f"{folder.name}-{token[:8]}"
+
+
 _STATE_RECORD = re.compile(r"checkpoint-round-(\d+)\.json")
 
 

@@ -99,6 +99,17 @@ def test_the_server_serves_sites_alone(make_config, keys, tmp_path, quiet):
         run_server(make_config("flex"), tmp_path / "run", keys=keys, listen="127.0.0.1:1", progress=quiet)
 
 
+@pytest.mark.parametrize("name", ["my run", ".run", "r" * 92])
+def test_a_folder_that_sites_could_not_name_theirs_after_is_refused_at_once(
+    make_config, keys, tmp_path, quiet, name
+):
+    sites = {"source": "site", "partition": {"kind": "site", "num_clients": 1}}
+    at_server = {"name": "flower", "connection": "trial"}
+    config = make_config("fedavg", data=sites, transport=at_server)
+    with pytest.raises(UserError, match=r"the run's folder is named .* and sites name theirs after it"):
+        run_server(config, tmp_path / name, keys=keys, listen="127.0.0.1:1", progress=quiet)
+
+
 def test_the_server_command_puts_in_how_its_sites_are_reached():
     table = {
         "data": {"source": "site", "partition": {"kind": "site", "num_clients": 2}},

@@ -52,6 +52,13 @@ def test_without_a_limit_no_memory_of_a_role_is_told(make_config):
     assert {(role.sizes.merged, role.memory_bytes) for role in roles.values()} == {(None, None)}
 
 
+def test_a_median_holds_the_uploads_of_a_round(make_config):
+    mean, median = (
+        check_experiment(make_config("fedavg", f"aggregation.kind={kind}")) for kind in ("mean", "median")
+    )
+    assert median.server_bytes == mean.server_bytes * (1 + len(mean.clients))
+
+
 def test_a_clocks_prediction_is_drawn_as_a_time_line(make_config):
     report = check_experiment(make_config("fedavg", "clock.device=['phone', 'l20']"))
     for told in report.clock.phases_by_client.values():

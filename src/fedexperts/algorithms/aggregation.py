@@ -46,6 +46,11 @@ class AggregationSettings:
                     f'{name} must be above 0 and below {largest:g} with kind = "{kind}", not {value:g}'
                 )
 
+    @property
+    def holds_uploads(self) -> bool:
+        """Whether the server holds all uploads of a round until the last has come."""
+        return self.kind in ("trimmed_mean", "median")
+
     def start(self, before: Mapping[str, Tensor]) -> WeightedMean:
         """Return a mean to which nothing has been added; changes are measured from ``before``."""
         if self.kind == "clipped":

@@ -25,7 +25,7 @@ from fedexperts.federation.scoring import Scorer
 from fedexperts.federation.site_settings import SiteSettings
 from fedexperts.federation.site_telling import told
 from fedexperts.messages import Upload, decode_download
-from fedexperts.run_directory import RunDirectory
+from fedexperts.run_directory import RunDirectory, name_at_sites
 from fedexperts.running.site_record import SiteRecord
 from fedexperts.running.workbench import Workbench, open_site, personal_store
 
@@ -113,7 +113,7 @@ def _as_here(config: RunConfig, settings: SiteSettings) -> RunConfig:
 
 def _run_name(run_config: Mapping[str, Any]) -> str:
     """Return the name of the run's folder; the server names it, so it must be a plain name."""
-    name = f"{Path(str(run_config['run-directory'])).name}-{str(run_config['run-token'])[:8]}"
+    name = name_at_sites(Path(str(run_config["run-directory"])), str(run_config["run-token"]))
     if not CLIENT_NAME.fullmatch(name):
         raise _Refusal(f"the run's name {name!r} cannot be the name of a folder")
     return name

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from fedexperts.algorithms.api import trained_names
+from fedexperts.algorithms.api import ModelParts, ServerState, trained_names
 from fedexperts.config.schema import RunConfig
 from fedexperts.costs.dry_run import BatchShape
 from fedexperts.costs.memory import MEMORY_PARTS, PredictedMemory, bytes_of_copies, predict_memory
@@ -32,6 +32,7 @@ from fedexperts.running.privacy import privacy_of_run
 from fedexperts.running.result import describe_parameters
 from fedexperts.running.retention_time import PredictedRetention, predict_retention
 from fedexperts.running.workbench import Workbench, open_workbench, refuse_processes
+from fedexperts.tensors import num_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class CheckReport:
     memory: PredictedMemory
     """Of one client's turn."""
     server_bytes: int
-    """Of tensors that the server keeps from round to round."""
+    """Of tensors that the server keeps from round to round, and of the uploads that its mean holds."""
     retention: PredictedRetention | None
     """Questions that models are asked outside the clients' tasks; None where nothing is."""
     clock: PredictedClock | None = None
@@ -274,13 +275,20 @@ def check_experiment(config: RunConfig) -> CheckReport:
                 bytes=tuple(predicted.values()),
                 retention=retention,
                 memory=memory,
-                server_bytes=algorithm.server_bytes(state),
+                server_bytes=algorithm.server_bytes(state) + _held_uploads(config, parts, state, cohort),
                 quantised=quantised_experts(parts.model),
                 clock=predict_clock(bench, runtime, trained, predicted, memory.total),
                 process_bytes=process_bytes,
                 roles=roles,
                 privacy=privacy,
             )
+
+
+def _held_uploads(config: RunConfig, parts: ModelParts, state: ServerState, cohort: Sequence[str]) -> int:
+    if not config.aggregation.holds_uploads:
+        return 0
+    expected = (config.algorithm.expected(parts, state, client_id) for client_id in cohort)
+    return sum(num_bytes(one.tensors) for one in expected)
 
 
 def _retention_row(asked: PredictedRetention) -> list[str]:

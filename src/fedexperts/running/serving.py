@@ -11,11 +11,11 @@ from fedexperts.config.load import build_settings
 from fedexperts.config.schema import RunConfig
 from fedexperts.config.toml import render_toml
 from fedexperts.data.federated import FederatedData, load_site_data
-from fedexperts.data.settings import SITE, DataSettings, PartitionSettings
+from fedexperts.data.settings import CLIENT_NAME, SITE, DataSettings, PartitionSettings
 from fedexperts.errors import UserError
 from fedexperts.federation.flower_link import CONNECTION, open_link, parse_address
 from fedexperts.federation.site_settings import SiteSettings
-from fedexperts.run_directory import write_atomically
+from fedexperts.run_directory import name_at_sites, write_atomically
 from fedexperts.running.experiment import run_experiment
 from fedexperts.running.progress import Progress
 
@@ -42,6 +42,11 @@ def run_server(
         raise UserError(
             f'data.partition.kind is "{partition.kind}"; for fedexperts server it must be "{SITE}" '
             f'(with data.source = "{SITE}")'
+        )
+    if not CLIENT_NAME.fullmatch(name_at_sites(run_directory, "0" * 8)):
+        raise UserError(
+            f"the run's folder is named {run_directory.name!r}, and sites name theirs after it: it must be "
+            'of up to 91 letters, digits, ".", "_" and "-", the first a letter or digit (--to)'
         )
     with open_link(keys, *parse_address(listen, "--listen")) as link:
         if len(link.sites) < partition.num_clients:
