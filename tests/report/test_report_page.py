@@ -318,7 +318,7 @@ def test_a_new_algorithm_s_measurements_are_shown_without_knowing_it(tmp_path):
     outline_of(page)
     section = page[page.index('<section id="measured') : page.index('<section id="experts')]
     assert re.findall("<h3>(.*)</h3>", section) == [
-        "Lambda",
+        "Over rounds",
         "By layer",
         "Norms",
         "Tuned experts",

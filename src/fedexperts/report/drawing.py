@@ -148,6 +148,10 @@ def bar_chart(
     return svg_of(draw, 4.2, step * len(names) + 0.1, salt)
 
 
+_LEAST_SCALE = 0.55
+"""Least height in inches of a colour scale, so that its labels stay apart."""
+
+
 def heat_map(
     table: Table,
     salt: str,
@@ -176,7 +180,9 @@ def heat_map(
         ramp = _ramp(less_is_darker=less_is_darker, is_signed=is_signed)
         means = [[one.mean if one else float("nan") for one in row] for row in table.values]
         image = axes.imshow(means, ramp, vmin=low, vmax=high, aspect="auto", interpolation="none")
-        scale = axes.figure.colorbar(image, cax=axes.inset_axes((1.03, 0, 0.12 / (wide * len(columns)), 1)))
+        share = max(1.0, _LEAST_SCALE / (tall * len(rows)))
+        place = 1.03, (1 - share) / 2, 0.12 / (wide * len(columns)), share
+        scale = axes.figure.colorbar(image, cax=axes.inset_axes(place))
         write, marks = (signed_text, (low, 0.0, high)) if is_signed else (text, (low, high))
         scale.set_ticks(marks, labels=[write(table.path, one) for one in marks])
         scale.outline.set_visible(False)

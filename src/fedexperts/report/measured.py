@@ -20,6 +20,7 @@ from fedexperts.report.roles import PROFILE_ERRORS
 from fedexperts.report.tables import Table, make_table, number_table
 
 _FEWEST_LAYERS = 2
+_MEANS = "Mean over a round's clients, over layers where there are several, and over seeds."
 
 
 def _names(methods: Sequence[Method]) -> list[str]:
@@ -60,19 +61,26 @@ def measured_table(methods: Sequence[Method]) -> list[Table]:
 
 
 def measured_figures(methods: Sequence[Method]) -> list[Figure]:
-    """A figure for each entry: curves over rounds, maps by layer, or counts of the experts it names."""
-    legend, figures = list(styles_of(methods).items()), []
+    """Curves over rounds in one figure; one for each entry by layer, and for each that names experts."""
+    legend, figures, single = list(styles_of(methods).items()), [], []
     for name in _names(methods):
+        title = heading(f"algorithm.{name}")
         if names_experts(name):
             panels = [one for method in methods for one in _choices(method, name)]
             note = "Number of clients and seeds that name an expert, by MoE layer."
-        else:
-            panels = list(_panels(methods, name))
-            note = "Mean over a round's clients, over layers where there are several, and over seeds."
-        title = heading(f"algorithm.{name}")
-        is_choice = names_experts(name)
-        options: dict[str, Any] = {"legend": [] if is_choice else legend, "is_in_text": is_choice}
-        figures += [Figure(title=title, note=note, panels=panels, **options)] if panels else []
+            figures += [Figure(title=title, note=note, panels=panels, is_in_text=True)] if panels else []
+            continue
+        panels = list(_panels(methods, name))
+        if len(panels) == 1 and panels[0].title == title:
+            single += panels
+        elif panels:
+            figures.append(Figure(title=title, note=_MEANS, panels=panels, legend=legend, is_in_text=False))
+    if single:
+        title = "Over rounds" if figures else ""
+        figures = [
+            Figure(title=title, note=_MEANS, panels=single, legend=legend, is_in_text=False),
+            *figures,
+        ]
     return figures
 
 
