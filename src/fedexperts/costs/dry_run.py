@@ -221,6 +221,11 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Begin another stretch, of which the peak is kept on its own."""
         self.peaks.append(self.live)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Refuse torch's wrapper of each call, which takes time: nothing here is compiled."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

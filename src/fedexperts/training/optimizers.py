@@ -73,16 +73,21 @@ def state_of(
 
 
 def blank_state(parameters: Mapping[str, Tensor], settings: TrainingSettings) -> OptimizerState:
-    """Shapes and dtypes of the state after a step: what the optimizer itself makes on the meta device."""
-    blank = {name: nn.Parameter(torch.empty_like(value, device="meta")) for name, value in parameters.items()}
-    if not blank:
+    """Shapes and dtypes of the state after a step: what the optimizer itself makes on the meta device.
+
+    Each parameter's state depends on its own form alone, so one parameter of each form takes the step.
+    """
+    if not parameters:
         return {}
+    forms = {name: (value.shape, value.dtype) for name, value in parameters.items()}
+    first = {form: name for name, form in reversed(forms.items())}
+    blank = {name: nn.Parameter(torch.empty_like(parameters[name], device="meta")) for name in first.values()}
     optimizer = make_optimizer(blank, [ParameterGroup(names=tuple(blank), lr=1.0)], settings)
     for parameter in blank.values():
         parameter.grad = torch.empty_like(parameter)
     with _MadeUpNumbers():  # type: ignore[no-untyped-call]
         optimizer.step()
-    return {name: _tensors(optimizer.state[parameter]) for name, parameter in blank.items()}
+    return {name: _tensors(optimizer.state[blank[first[form]]]) for name, form in forms.items()}
 
 
 def load_state(
