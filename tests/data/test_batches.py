@@ -117,6 +117,18 @@ def test_equal_generators_draw_equal_batches_and_others_do_not():
     assert drawn_lengths(3, 40, 5, 4) != drawn_lengths(4, 40, 5, 4)
 
 
+def test_further_examples_come_on_top_as_they_come():
+    own, public = [of_length(n) for n in (5, 3, 4, 6)], [encoded(*range(50, 50 + n)) for n in (9, 2)]
+    plain = draw_batches(own, num_batches=2, batch_size=2, rng=random.Random(0), pad_token_id=0)
+    mixed = draw_batches(
+        own, num_batches=2, batch_size=2, rng=random.Random(0), pad_token_id=0, beside=public, num_beside=1
+    )
+    for before, after, further in zip(plain, mixed, public, strict=True):
+        own_rows = before.attention_mask.bool()
+        assert torch.equal(after.input_ids[:2, : own_rows.shape[1]][own_rows], before.input_ids[own_rows])
+        assert tuple(after.input_ids[2][after.attention_mask[2].bool()].tolist()) == further.input_ids
+
+
 def test_drawing_from_nothing_is_refused():
     with pytest.raises(UserError, match="no example with a label"):
         draw_batches([], num_batches=1, batch_size=1, rng=random.Random(0), pad_token_id=0)

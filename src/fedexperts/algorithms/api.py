@@ -52,7 +52,7 @@ class ModelParts:
     @property
     def largest_batch(self) -> BatchShape:
         """Shape of the largest batch of local steps, half of its tokens learnt, to plan memory by."""
-        examples = self.training.batch_size
+        examples = self.training.examples_per_step
         labels = max(1, examples * self.max_tokens // 2)
         return BatchShape(examples=examples, length=self.max_tokens, labels=labels)
 

@@ -4,8 +4,9 @@ Shapes: B examples of a batch, T tokens of its longest.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Final
 
 import torch
@@ -98,32 +99,42 @@ def draw_batches(
     rng: random.Random,
     pad_token_id: int,
     multiple_of: int = 1,
+    beside: Iterable[Encoded] = (),
+    num_beside: int = 0,
 ) -> list[Batch]:
     """Draw ``num_batches`` full batches without replacement; examples of similar length share a batch.
 
     If more are asked for than there are, all are drawn once, then again in a new order. Drawn examples are
     sorted by length and cut into batches, which keeps padding low; the batches are then shuffled, so that
-    their order does not depend on length. ``multiple_of`` rounds the length of a batch up.
+    their order does not depend on length. ``multiple_of`` rounds the length of a batch up. Each batch takes
+    ``num_beside`` of the examples ``beside`` on top, as they come.
     """
     if not encoded:
         raise UserError("There is no example with a label to train on; data.max_tokens may be too small.")
     drawn: list[Encoded] = []
     while len(drawn) < num_batches * batch_size:
         drawn += rng.sample(encoded, min(len(encoded), num_batches * batch_size - len(drawn)))
-    batches = list(
-        sequential_batches(drawn, batch_size=batch_size, pad_token_id=pad_token_id, multiple_of=multiple_of)
-    )
-    rng.shuffle(batches)
-    return batches
+    groups, further = list(_by_length(drawn, batch_size)), iter(beside)
+    rng.shuffle(groups)
+    return [
+        make_batch([*group, *islice(further, num_beside)], pad_token_id, multiple_of=multiple_of)
+        for group in groups
+    ]
 
 
 def sequential_batches(
     encoded: Sequence[Encoded], *, batch_size: int, pad_token_id: int, multiple_of: int = 1
 ) -> Iterator[Batch]:
     """Yield every example once, the shortest first; the last batch may be smaller."""
+    for group in _by_length(encoded, batch_size):
+        yield make_batch(group, pad_token_id, multiple_of=multiple_of)
+
+
+def _by_length(encoded: Sequence[Encoded], number: int) -> Iterator[Sequence[Encoded]]:
+    """Yield all examples in groups of ``number``, the shortest first; the last group may be smaller."""
     by_length = sorted(encoded, key=lambda each: len(each.input_ids))
-    for start in range(0, len(by_length), batch_size):
-        yield make_batch(by_length[start : start + batch_size], pad_token_id, multiple_of=multiple_of)
+    for start in range(0, len(by_length), number):
+        yield by_length[start : start + number]
 
 
 def make_batch(encoded: Sequence[Encoded], pad_token_id: int, *, multiple_of: int = 1) -> Batch:

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
+from itertools import cycle, islice
 from typing import Literal
 
 from fedexperts.algorithms.api import Algorithm, Client, ClientFacts, Kept, ModelParts
@@ -280,13 +281,33 @@ class ClientRuntime:
 
     def draw(self, client_id: str, round_number: int) -> list[Batch]:
         """Return a client's training batches of a round."""
+        training = self.settings.training
+        number = training.num_replayed
         return draw_batches(
             self.encoded(client_id)[0],
-            num_batches=self.settings.training.num_local_steps,
-            batch_size=self.settings.training.batch_size,
+            num_batches=training.num_local_steps,
+            batch_size=training.batch_size,
             rng=derive_random(self.settings.seed, "batches", client_id, round_number),
             pad_token_id=self.format.pad_token_id,
+            beside=islice(cycle(self.replayed), (round_number - 1) * training.num_local_steps * number, None),
+            num_beside=number,
         )
+
+    @cached_property
+    def replayed(self) -> list[Encoded]:
+        """Texts that local steps replay (``training.replay``).
+
+        Raises:
+            UserError: their file is missing or damaged, or none has a label.
+        """
+        training, key = self.settings.training, "training.replay"
+        if not training.replay:
+            return []
+        texts = first_texts(self.format, training.replay, training.replay_texts, key)
+        usable = [one for one in texts if one.num_labels > 0]
+        if not usable:
+            raise UserError(f"{key}: none of its texts has a label within data.max_tokens")
+        return usable
 
     def _calibration(
         self,

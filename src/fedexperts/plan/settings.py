@@ -116,7 +116,7 @@ class ExperimentPlan(PlanSettings):
             config=config,
             method=name,
             memory=memory,
-            batch=config.training.batch_size,
+            batch=config.training.examples_per_step,
             seq=config.data.max_tokens,
             dtype=config.model.dtype,
             gradient_checkpointing=config.training.gradient_checkpointing,

@@ -33,6 +33,7 @@ from fedexperts.running.result import describe_parameters
 from fedexperts.running.retention_time import PredictedRetention, predict_retention
 from fedexperts.running.workbench import Workbench, open_workbench, refuse_processes
 from fedexperts.tensors import num_bytes
+from fedexperts.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,14 +233,14 @@ def check_experiment(config: RunConfig) -> CheckReport:
         is_on_disk = config.transport.clients == "process"
         if is_on_disk:
             refuse_processes(bench)
-        clients = tuple(_facts(bench, row) for row in label_table(bench.data))
-        retention = predict_retention(bench)
-        cohort = draw_cohort(bench.data.client_ids, config.cohort, config.seed, 1)
         runtime, algorithm, parts = (
             bench.scorer(PersonalStore(Path(os.devnull))).runtime,
             bench.algorithm,
             bench.parts,
         )
+        clients = tuple(_facts(bench, row, runtime.replayed) for row in label_table(bench.data))
+        retention = predict_retention(bench)
+        cohort = draw_cohort(bench.data.client_ids, config.cohort, config.seed, 1)
         state = replace(algorithm.init(parts, runtime.facts()), seed=config.seed, num_rounds=config.rounds)
         state = algorithm.plan_round(state, cohort, 1)
         sent = algorithm.download(state, cohort[0])
@@ -299,7 +300,7 @@ def _retention_row(asked: PredictedRetention) -> list[str]:
     return [prompts, f"at most {asked.seconds_at_most:,.0f} s"]
 
 
-def _facts(bench: Workbench, row: LabelRow) -> CheckedClient:
+def _facts(bench: Workbench, row: LabelRow, replayed: Sequence[Encoded]) -> CheckedClient:
     encoded, counts = encode_all(bench.format, bench.data.examples(row.client_id, "train"))
     largest = bench.config.evaluation.max_test_examples
     tests = bench.data.examples(row.client_id, "test")
@@ -308,14 +309,21 @@ def _facts(bench: Workbench, row: LabelRow) -> CheckedClient:
         counts=counts,
         num_test_trained_elsewhere=bench.data.client(row.client_id).num_test_trained_elsewhere,
         num_usable_tests=len(encode_all(bench.format, tests[:largest] if largest else tests)[0]),
-        fullest_batch=_fullest_batch(encoded, bench.config.training.batch_size),
+        fullest_batch=_fullest_batch(encoded, replayed, bench.config.training),
     )
 
 
-def _fullest_batch(encoded: Sequence[Encoded], batch_size: int) -> BatchShape:
-    labels = sorted((each.num_labels for each in encoded), reverse=True)
+def _fullest_batch(
+    encoded: Sequence[Encoded], replayed: Sequence[Encoded], training: TrainingSettings
+) -> BatchShape:
+    labels = _most_labels(encoded, training.batch_size) + _most_labels(replayed, training.num_replayed)
     return BatchShape(
-        examples=batch_size,
-        length=max((len(each.input_ids) for each in encoded), default=1),
-        labels=max(1, sum(islice(cycle(labels or [0]), batch_size))),
+        examples=training.examples_per_step,
+        length=max((len(each.input_ids) for each in (*encoded, *replayed)), default=1),
+        labels=max(1, labels),
     )
+
+
+def _most_labels(encoded: Sequence[Encoded], number: int) -> int:
+    labels = sorted((each.num_labels for each in encoded), reverse=True)
+    return sum(islice(cycle(labels or [0]), number))

@@ -17,6 +17,14 @@ class TrainingSettings:
     """Examples per step."""
     accumulation: int = 1
     """Micro-batches that a step's batch is split into: less memory, more time, the same gradient."""
+    replay: str = ""
+    """Public texts of which every step also trains on some, beside the client's own examples: a file of JSON
+    lines with `text`, or `instruction` and `response`, or `tinyworld` (instructions of the embedded model's
+    corpus with plain answers, no question of its exam); empty for none."""
+    replay_size: int = 0
+    """Texts of ``replay`` in each step's batch, taken in turn; 0 for as many as ``batch_size``."""
+    replay_texts: int = 256
+    """Texts of ``replay`` at most, the first ones."""
     lr: float = 3e-3
     """Learning rate of what travels, in the first round."""
     lr_final_share: float = 0.025
@@ -43,9 +51,11 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         """Refuse numbers outside their range, and settings without effect."""
         refuse_unknown(self)
-        for name in ("num_local_steps", "batch_size", "accumulation"):
+        for name in ("num_local_steps", "batch_size", "accumulation", "replay_texts"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.replay_size < 0:
+            raise UserError(f"replay_size must be 0 (batch_size) or more, not {self.replay_size}")
         if not self.lr > 0:
             raise UserError(f"lr must be above 0, not {self.lr}")
         for name in ("lr_final_share", "step_final_share"):
@@ -58,7 +68,21 @@ class TrainingSettings:
             raise UserError(f"momentum must be from 0 to below 1, not {self.momentum}")
         self._refuse_idle()
 
+    @property
+    def num_replayed(self) -> int:
+        """Texts of ``replay`` in each step's batch."""
+        return (self.replay_size or self.batch_size) if self.replay else 0
+
+    @property
+    def examples_per_step(self) -> int:
+        """Examples of each step's batch, replayed texts among them."""
+        return self.batch_size + self.num_replayed
+
     def _refuse_idle(self) -> None:
+        for name in ("replay_size", "replay_texts"):
+            value = getattr(self, name)
+            if not self.replay and value != getattr(type(self), name):
+                raise UserError(f"{name} is {value}, but has no effect without replay")
         if self.accumulation > self.batch_size:
             raise UserError(
                 f"accumulation is {self.accumulation}, but must be at most batch_size, which is "
