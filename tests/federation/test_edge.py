@@ -1,6 +1,7 @@
 """Nothing that a client sends can stop or spoil a run: hostile answers over both transports."""
 
 import json
+import random
 import re
 from dataclasses import replace
 
@@ -153,6 +154,19 @@ def test_hostile_uploads_are_refused_by_name_and_harm_nobody(run):
     assert all(failure["reason"] for failure in result["failures"])
     assert result["frozen_unchanged"]
     assert result["bytes"]["upload_counted"] == result["bytes"]["upload_predicted"]
+
+
+@pytest.mark.slow
+def test_a_thousand_hostile_uploads_stop_nothing_and_are_all_named(run):
+    kinds = random.Random(0).choices([*TRAINING.values()], k=1000)
+    folder = run(kinds, "evaluation.exam.source=none", 'evaluation.metrics=["loss"]')
+    result, lines = read_json(folder / "result.json"), read_lines(folder / "clients.jsonl")
+    assert [(one["round"], one["client"]) for one in result["failures"]] == [
+        (number, HOSTILE) for number in range(1, 1001)
+    ]
+    assert len(lines) == 1000 * len(HONEST)
+    assert result["frozen_unchanged"]
+    assert 0 < result["mean"]["loss_after"] < result["mean"]["loss_base"]
 
 
 def test_the_server_ends_as_if_the_refused_client_had_been_away(
