@@ -11,7 +11,7 @@ from test_flower_apps import run_over_grid
 
 from fedexperts.algorithms.api import Algorithm
 from fedexperts.errors import UserError
-from fedexperts.federation import flower_answers, inprocess
+from fedexperts.federation import inprocess, workers
 from fedexperts.federation.cohort import CohortSettings
 from fedexperts.federation.edge import REQUIRED_METRICS, evaluation_refusal, failure_of, refusal
 from fedexperts.federation.runtime import ClientRuntime
@@ -114,7 +114,7 @@ def run(request, make_config, tmp_path, quiet, monkeypatch):
         return upload.report["raw"] if isinstance(upload, Raw) else encode_upload(upload)
 
     monkeypatch.setattr(inprocess, "encode_upload", encoded)
-    monkeypatch.setattr(flower_answers, "encode_upload", encoded)
+    monkeypatch.setattr(workers, "encode_upload", encoded)
     handle = ClientRuntime.handle
 
     def go(kinds, *overrides, method="fedavg", task=TASK, num_rounds=None):
