@@ -27,6 +27,8 @@ def run_of(method, seed, *, seconds, reached, scores):
         "seconds_to_target": 2 * seconds if reached else None,
         "bytes_to_target": 80 if reached else None,
         "round_of_target": 2 if reached else None,
+        "seconds_by_phase": {"download": 5.0, "train": 3.0, "merge": 0.5, "upload": 1.0, "total": 9.5}
+        | {"profile_overlapped": 2.0},
     }
     return Run(name=result["name"], result=result, rounds=rounds)
 
@@ -52,12 +54,26 @@ def test_scores_are_drawn_over_mean_seconds_and_over_bytes():
 
 
 def test_a_method_that_never_reached_the_target_has_a_dash():
-    (table,) = clock_table(methods_of(RUNS))
+    table, _ = clock_table(methods_of(RUNS))
     rows = {row[0]: row for row in table.rows}
     assert rows["flex"][3].startswith("3.67")
     assert rows["flex"][3].endswith("min")
     assert rows["fedavg"][3:6] == ("–", "–", "–")
-    assert rows["fedavg"][6] == "9.00 s"
+    assert rows["fedavg"][6:] == ("0 of 1", "9.00 s")
+
+
+def test_the_mean_to_the_target_names_the_seeds_that_it_is_of():
+    late = run_of("flex", 2, seconds=90.0, reached=False, scores=(0.1, 0.2))
+    table, _ = clock_table(methods_of((*RUNS, late)))
+    rows = {row[0]: row for row in table.rows}
+    assert table.titles[6] == "seeds that reached it"
+    assert rows["flex"][6] == "2 of 3"
+
+
+def test_a_mean_turn_is_parted_into_transfers_and_work():
+    _, turns = clock_table(methods_of(RUNS))
+    assert turns.titles[1:] == ("download", "work", "upload", "wait", "overlapped, beside other turns")
+    assert turns.rows[0][1:] == ("5.00 s", "3.50 s", "1.00 s", "0 s", "2.00 s")
 
 
 def test_the_section_says_that_time_is_simulated_on_which_devices_and_the_target():

@@ -11,6 +11,7 @@ from fedexperts.report.grouping import Method, tasks_of
 from fedexperts.report.quantities import Spread, heading, spread, text
 from fedexperts.report.reading import Run
 from fedexperts.report.tables import Table, make_table, number_table
+from fedexperts.report.time_line import OVERLAPPED
 
 _SCORES = ("rougeL_after", "exact_match_after", "loss_after")
 """Scores that are drawn beside the target's."""
@@ -40,7 +41,7 @@ def clock_sentences(methods: Sequence[Method]) -> list[str]:
 
 
 def clock_table(methods: Sequence[Method]) -> list[Table]:
-    """A row for each method with a clock; a dash where no seed reached the target."""
+    """A row for each method with a clock; means to the target are those of the seeds that reached it."""
     names = ("seconds", "bytes", "seconds_to_target", "bytes_to_target", "round_of_target")
     clocked = _clocked(methods)
     has_target = any(_target(run) for method in clocked for run in method.runs)
@@ -49,13 +50,47 @@ def clock_table(methods: Sequence[Method]) -> list[Table]:
         [
             method.label,
             *(text(name, method.spread(f"clock.{name}")) for name in shown),
+            *([_reached(method)] if has_target else []),
             text("seconds", method.spread("clock.measured_seconds")),
         ]
         for method in clocked
     ]
-    titles = ("simulated", "bytes", "simulated to target", "bytes to target", "round of target")
+    titles = ["simulated", "bytes", "simulated to target", "bytes to target", "round of target"]
+    titles = [*titles[: len(shown)], *(["seeds that reached it"] if has_target else []), "measured"]
     caption = "Simulated time and bytes of all rounds, and until the first evaluation that reached the target"
-    return [make_table(caption, ["method", *titles[: len(shown)], "measured"], rows)] if rows else []
+    return [make_table(caption, ["method", *titles], rows), _turns(clocked)] if rows else []
+
+
+def _reached(method: Method) -> str:
+    num_reached = sum(run.numbers.get("clock.seconds_to_target") is not None for run in method.runs)
+    return f"{num_reached} of {len(method.runs)}"
+
+
+def _turns(methods: Sequence[Method]) -> Table:
+    """Where the simulated seconds of a client's mean turn go."""
+    rows = []
+    for method in methods:
+        phases = [_phases(run) for run in method.runs]
+        rows.append(
+            [method.label, *(text("seconds", spread(own[part] for own in phases)) for part in phases[0])]
+        )
+    titles = ["method", "download", "work", "upload", "wait", "overlapped, beside other turns"]
+    return make_table("Simulated time of a client's mean turn", titles, rows)
+
+
+def _phases(run: Run) -> dict[str, float]:
+    """Return seconds of a mean turn by what they go to; all that is not a transfer or waiting is work."""
+    by_phase = run.result["clock"].get("seconds_by_phase") or {}
+    transfers = {name: by_phase.get(name, 0.0) for name in ("download", "upload", "wait")}
+    overlapped = math.fsum(value for name, value in by_phase.items() if name.endswith(OVERLAPPED))
+    work = by_phase.get("total", 0.0) - math.fsum(transfers.values())
+    return {
+        "download": transfers["download"],
+        "work": max(work, 0.0),
+        "upload": transfers["upload"],
+        "wait": transfers["wait"],
+        "overlapped": overlapped,
+    }
 
 
 def clock_figures(methods: Sequence[Method]) -> list[Figure]:

@@ -13,7 +13,7 @@ from fedexperts.report.sections import content_of
 from fedexperts.report.write import write_text
 
 _MAX_NAMES = 3
-_SECTIONS = ("mean", "exam", "retention", "bytes", "parameters", "expert_balance_std", "seconds")
+_SECTIONS = ("mean", "exam", "retention", "bytes", "parameters", "expert_balance_std", "seconds", "clock")
 
 
 def publish_report(directory: Path, folder: Path, *, any_code: bool = False) -> Path:

@@ -12,7 +12,7 @@ from fedexperts.report.reading import Run, Turn
 from fedexperts.report.schematics import Span, time_line
 from fedexperts.report.tables import number_table
 
-_OVERLAPPED = "_overlapped"
+OVERLAPPED = "_overlapped"
 _WAIT = "wait"
 _FIRST = (_WAIT, "download", "load", "profile", "merge", "train")
 _LAST = ("save", "transport", "upload")
@@ -45,7 +45,7 @@ def _figure(method: Method, *, is_folded: bool) -> list[Figure]:
     turns = run.ledger.turns if run.ledger else ()
     last = [turn for turn in turns if turn.round_number == max(one.round_number for one in turns)]
     kinds = ["simulated"] * all(turn.simulated for turn in last)
-    kinds += ["measured"] * any(phase.endswith(_OVERLAPPED) for turn in last for phase in turn.seconds)
+    kinds += ["measured"] * any(phase.endswith(OVERLAPPED) for turn in last for phase in turn.seconds)
     if not last or not kinds:
         return []
     lines = {kind: _lines(run, last, kind) for kind in kinds}
@@ -71,9 +71,9 @@ def _left_out(turns: Sequence[Turn]) -> str:
 def _phases(names: Sequence[str]) -> list[str]:
     """Return the phases in the order in which a turn has them."""
     others = sorted(
-        name for name in set(names) if name not in {*_FIRST, *_LAST, _AGGREGATE} and _OVERLAPPED not in name
+        name for name in set(names) if name not in {*_FIRST, *_LAST, _AGGREGATE} and OVERLAPPED not in name
     )
-    after = sorted(name for name in set(names) if name.endswith(_OVERLAPPED))
+    after = sorted(name for name in set(names) if name.endswith(OVERLAPPED))
     return [name for name in (*_FIRST, *others, *_LAST, *after, _AGGREGATE) if name in names]
 
 
@@ -103,14 +103,14 @@ def _uploaded(seconds: Mapping[str, float]) -> float:
 
 
 def _until_upload(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
-    ordered = _phases([name for name in seconds if name != "total" and not name.endswith(_OVERLAPPED)])
+    ordered = _phases([name for name in seconds if name != "total" and not name.endswith(OVERLAPPED)])
     return [(name, seconds[name]) for name in ordered]
 
 
 def _rows(name: str, seconds: Mapping[str, float]) -> dict[str, list[Stretch]]:
     """Return one row of a client, or two where its link and its work run side by side."""
     done, phases = _uploaded(seconds), _until_upload(seconds)
-    later = [(phase, done, s) for phase, s in seconds.items() if phase.endswith(_OVERLAPPED)]
+    later = [(phase, done, s) for phase, s in seconds.items() if phase.endswith(OVERLAPPED)]
     # Sums of floats differ in their last bits, whole phases do not.
     if math.fsum(s for _, s in phases) <= done * (1 + 1e-9):
         return {name: _in_turn(phases) + later}
