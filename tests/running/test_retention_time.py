@@ -7,7 +7,10 @@ from fedexperts.running.checking import check_experiment
 from fedexperts.running.experiment import run_experiment
 
 
-@pytest.mark.parametrize(("every", "personalised"), [(0, "false"), (1, "true"), (2, "false"), (2, "true")])
+SELDOM = [pytest.param(1, "true", marks=pytest.mark.slow), pytest.param(2, "false", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("every", "personalised"), [(0, "false"), (2, "true"), *SELDOM])
 def test_check_counts_the_models_that_the_run_asks(
     make_config, tmp_path, quiet, monkeypatch, every, personalised
 ):

@@ -41,14 +41,15 @@ class Observer(Protocol):
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run ``model.eval()`` inside the ``with`` block; restore every module's own mode at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Run ``model.eval()`` inside the ``with`` block; what was in training mode is again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
     try:
         yield
     finally:
-        for module, was_training in modes:
-            module.training = was_training
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()

@@ -482,10 +482,12 @@ def _refuse_shared_slot(experts: nn.Module, name: str) -> None:
 
 def _views(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[Tensor, nn.Module | None]]:
     """Each tensor, with the experts module that it belongs to if it is one expert's."""
-    parameters = dict(model.named_parameters())
-    layers = {name: module for name, module in model.named_modules() if _is_experts(module)}
+    wanted, parameters = list(names), dict(model.named_parameters())
+    are_experts = any(name not in parameters for name in wanted)
+    modules = model.named_modules() if are_experts else ()
+    layers = {name: module for name, module in modules if _is_experts(module)}
     found: dict[str, tuple[Tensor, nn.Module | None]] = {}
-    for name in names:
+    for name in wanted:
         found[name] = (parameters[name], None) if name in parameters else _expert_view(layers, name)
     return found
 
