@@ -6,7 +6,6 @@ from fedexperts.federation import scoring
 from fedexperts.running.checking import check_experiment
 from fedexperts.running.experiment import run_experiment
 
-
 SELDOM = [pytest.param(1, "true", marks=pytest.mark.slow), pytest.param(2, "false", marks=pytest.mark.slow)]
 
 
