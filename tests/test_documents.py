@@ -130,3 +130,40 @@ def test_the_tables_of_the_three_worlds_are_what_was_measured(world, start, end)
         ]
 
     assert rows_of("docs/results.md", start, end) == {method: cells(method) for method in METHODS}
+
+
+FLUX = [
+    json.loads(line.rstrip(","))
+    for line in (ROOT / "experiments/flux/results.json").read_text().split("\n")[1:-2]
+]
+
+
+def flux_cells(method):
+    """Cells after the memory, from the numbers of a method's seeds."""
+    runs = [run["numbers"] for run in FLUX if run["name"].startswith(f"{method}-seed-")]
+
+    def told(quantity, factor, digits):
+        own = [factor * run[quantity] for run in runs if quantity in run]
+        return f"{statistics.mean(own):.{digits}f} ± {statistics.stdev(own):.{digits}f}" if own else ""
+
+    turns = [{k.rpartition(".")[2]: s for k, s in run.items() if "seconds_by_phase" in k} for run in runs]
+    transfers = [turn["download"] + turn["upload"] for turn in turns]
+    work = [turn["total"] - transfer for turn, transfer in zip(turns, transfers, strict=True)]
+    num_bytes = told("clock.bytes_to_target", 1e-6, 0)
+    return [
+        told("mean.rougeL_before", 100, 1),
+        told("mean.shared_facts_after", 100, 1),
+        told("retention.exam_free.personalised", 100, 1),
+        told("clock.seconds_to_target", 1, 3) or "never",
+        f"{num_bytes} MB" if num_bytes else "–",
+        f"{1000 * statistics.mean(work):.1f} ms",
+        f"{1000 * statistics.mean(transfers):.0f} ms",
+    ]
+
+
+def test_the_table_of_flux_and_its_rivals_is_what_was_measured():
+    text = (ROOT / "docs/results.md").read_text()
+    table = text[text.index("## Flux beside") : text.index("## Eight clients")].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith("| `")]
+    shown = {method.strip("`"): cells for method, _, *cells in rows}
+    assert shown == {method: flux_cells(method) for method in {run["name"].split("-")[0] for run in FLUX}}

@@ -27,7 +27,8 @@ def run_of(method, seed, *, seconds, reached, scores):
         "seconds_to_target": 2 * seconds if reached else None,
         "bytes_to_target": 80 if reached else None,
         "round_of_target": 2 if reached else None,
-        "seconds_by_phase": {"download": 5.0, "train": 3.0, "merge": 0.5, "upload": 1.0, "total": 9.5}
+        # Transfers run beside work here: the total is less than the sum.
+        "seconds_by_phase": {"download": 5.0, "train": 3.0, "merge": 0.5, "upload": 1.0, "total": 6.0}
         | {"profile_overlapped": 2.0},
     }
     return Run(name=result["name"], result=result, rounds=rounds)

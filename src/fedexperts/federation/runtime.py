@@ -185,7 +185,7 @@ class ClientRuntime:
         if not privacy.is_on:
             return upload
         if upload.tensors.keys() - came.keys():
-            # What does not travel in the first round starts as it is in every client's model.
+            # Tensors that do not travel in the first round start as they are in every client's model.
             came = {**self.algorithm.init(self.parts, ()).tensors, **came}
         return privacy.private(upload, came, client_id, download.round_number)
 

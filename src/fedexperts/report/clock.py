@@ -67,7 +67,7 @@ def _reached(method: Method) -> str:
 
 
 def _turns(methods: Sequence[Method]) -> Table:
-    """Where the simulated seconds of a client's mean turn go."""
+    """A row for each method: the simulated seconds of a client's mean turn, by what they go to."""
     rows = []
     for method in methods:
         phases = [_phases(run) for run in method.runs]
@@ -79,18 +79,16 @@ def _turns(methods: Sequence[Method]) -> Table:
 
 
 def _phases(run: Run) -> dict[str, float]:
-    """Return seconds of a mean turn by what they go to; all that is not a transfer or waiting is work."""
-    by_phase = run.result["clock"].get("seconds_by_phase") or {}
-    transfers = {name: by_phase.get(name, 0.0) for name in ("download", "upload", "wait")}
-    overlapped = math.fsum(value for name, value in by_phase.items() if name.endswith(OVERLAPPED))
-    work = by_phase.get("total", 0.0) - math.fsum(transfers.values())
-    return {
-        "download": transfers["download"],
-        "work": max(work, 0.0),
-        "upload": transfers["upload"],
-        "wait": transfers["wait"],
-        "overlapped": overlapped,
-    }
+    """Return seconds of a mean turn by what they go to; all that is not a transfer or waiting is work.
+
+    Transfers may run beside work (``clock.overlap_transfer``), so the parts need not sum to the total.
+    """
+    parts = dict.fromkeys(("download", "work", "upload", "wait", "overlapped"), 0.0)
+    for phase, seconds in run.result["clock"]["seconds_by_phase"].items():
+        if phase != "total":
+            part = "overlapped" if phase.endswith(OVERLAPPED) else phase if phase in parts else "work"
+            parts[part] += seconds
+    return parts
 
 
 def clock_figures(methods: Sequence[Method]) -> list[Figure]:
