@@ -1,5 +1,6 @@
 """Degenerate cases are equalities between algorithms."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -25,6 +26,7 @@ def test_one_client_fedavg_is_local_only(make_config, tmp_path, quiet):
     assert fedavg["mean"] == local["mean"]
 
 
+@pytest.mark.slow
 def test_only_flex_and_local_only_keep_anything(make_config, tmp_path, quiet):
     for method, keeps in (("fedavg", False), ("local_only", True)):
         run_experiment(make_config(method), tmp_path / method, progress=quiet)

@@ -242,7 +242,7 @@ def tensors_sha256(run) -> str:
     return sha256_of(load_checkpoint(RunDirectory(run)).state.tensors)
 
 
-@pytest.mark.parametrize("experts", ["false", "true"])
+@pytest.mark.parametrize("experts", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_fedprox_without_a_pull_is_fedavg(experts, make_config, tmp_path, quiet):
     ends = {}
     for name, settings in (("fedavg", ()), ("fedprox", ("algorithm.mu=0",))):
@@ -252,7 +252,7 @@ def test_fedprox_without_a_pull_is_fedavg(experts, make_config, tmp_path, quiet)
     assert ends["fedavg"] == ends["fedprox"]
 
 
-@pytest.mark.parametrize("experts", ["false", "true"])
+@pytest.mark.parametrize("experts", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_scaffold_of_one_client_is_fedavg(experts, make_config, tmp_path, quiet):
     """c is then c_1 bit for bit, and corrects nothing, in all rounds."""
     settings = ("data.partition.num_clients=1", f"algorithm.experts={experts}")

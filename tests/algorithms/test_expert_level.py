@@ -51,7 +51,7 @@ def answer(algorithm, parts, state, client_id, value, tokens, **beside):
 # Degenerate cases
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_role_of_all_experts_is_fedavg_of_all_experts(lora, registered, make_config, tmp_path, quiet):
     options = ("algorithm.experts_per_layer=0", f"algorithm.lora={str(lora).lower()}")
     by_examples = (*options, "algorithm.weighting=examples")
@@ -129,6 +129,7 @@ def test_a_download_has_what_has_changed_and_the_clients_role():
     assert algorithm.server_model(state).tensors.keys() == sent.tensors.keys()
 
 
+@pytest.mark.slow
 def test_on_a_bfloat16_model_masters_come_back_in_float32(make_config, tmp_path, quiet):
     config = make_config("fedmoe", "algorithm.experts_per_layer=2", "model.dtype=bfloat16")
     result, state = run(config, tmp_path / "run", quiet)

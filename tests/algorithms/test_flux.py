@@ -62,7 +62,7 @@ def registered(monkeypatch):
 # Degenerate cases
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_room_for_every_expert_is_fedavg_of_all_experts(lora, registered, make_config, tmp_path, quiet):
     options = (f"algorithm.lora={str(lora).lower()}", "algorithm.weighting=examples")
     fedavg, fedavg_state = run(

@@ -149,6 +149,7 @@ def test_reads_ahead_overlap_with_computing():
 # Memory
 
 
+@pytest.mark.slow
 def test_a_cache_has_the_size_that_memory_leaves():
     parts, algorithm = make_parts(), Fmd()
     with pytest.raises(UserError, match=r"client a has 1e-06 GB .* takes .* GB") as error:
@@ -216,6 +217,7 @@ def test_what_moved_is_in_the_log_and_in_simulated_time(make_config, tmp_path, q
     assert predicted.round_seconds > 0
 
 
+@pytest.mark.slow
 def test_a_plan_counts_it_from_headers_alone():
     memory = {
         method: Counter(tiny_model("qwen2_moe").config, PlanSettings(batch=2, seq=48, method=method)).memory

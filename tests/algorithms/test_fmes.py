@@ -82,6 +82,7 @@ def test_only_changed_experts_of_the_role_travel_down():
     assert algorithm.download(state, "a").tensors.keys() == set(names_of_role(parts.layers, due))
 
 
+@pytest.mark.slow
 def test_a_role_has_the_size_that_memory_has_room_for():
     parts, algorithm = make_parts(), Fmes()
     room = room_of(parts.model, parts.layers, parts.largest_batch, parts.training)

@@ -75,6 +75,7 @@ def test_a_received_shared_part_leaves_the_graft_alone_as_trained(make_config, t
     assert received["mean"]["loss_before"] == trained["mean"]["loss_before"]
 
 
+@pytest.mark.slow
 def test_grafts_take_their_share_of_the_memory():
     parts = make_parts()
     flux, both = Flux(num_tuned=12), GraftAndMerge(num_tuned=12)

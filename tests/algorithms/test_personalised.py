@@ -417,11 +417,11 @@ def test_fusion_weights_are_the_best_of_the_grid(run):
     [
         ("fedper", ("algorithm.personal_layers=1",)),
         ("fedrep", ("algorithm.personal_layers=1", "algorithm.head_steps=1")),
-        ("ditto", ("algorithm.strength=0.1",)),
-        ("feddpa", ("algorithm.variant=T",)),
+        pytest.param(*("ditto", ("algorithm.strength=0.1",)), marks=pytest.mark.slow),
+        pytest.param(*("feddpa", ("algorithm.variant=T",)), marks=pytest.mark.slow),
         ("feddpa", ("algorithm.variant=F", "algorithm.federated_rounds=1")),
         ("fdlora", FUSION_OF_TWO),
-        ("fedavg_finetune", ("algorithm.federated_rounds=1",)),
+        pytest.param(*("fedavg_finetune", ("algorithm.federated_rounds=1",)), marks=pytest.mark.slow),
     ],
 )
 def test_what_a_client_keeps_is_gone_on_from(make_config, tmp_path, quiet, monkeypatch, name, settings):

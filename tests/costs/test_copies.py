@@ -40,7 +40,7 @@ FEW_EXPERTS = {"esft", "fedmoe", "flux", "flux_plus", "graft_and_merge", "fmes"}
 """Methods that send the experts that have changed: all of them are counted."""
 STACKS = {"flora", "frlora"}
 """Methods that send, from the second round on, one LoRA for each client of the last cohort."""
-OFTEN = {"ditto", "flex", "scaffold"}
+OFTEN = {"flex", "scaffold"}
 """Methods of the fast suite; the others run with the slow tests."""
 
 

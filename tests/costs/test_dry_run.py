@@ -78,7 +78,14 @@ def settings(*, recomputes: bool = False, **more: Any) -> TrainingSettings:
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
-@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "llama_moe"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen2_moe",
+        pytest.param("gpt_oss", marks=pytest.mark.slow),
+        pytest.param("llama_moe", marks=pytest.mark.slow),
+    ],
+)
 def test_dry_run_counts_what_a_real_run_takes_to_the_byte(family: str, recomputes: bool) -> None:
     model, names = with_lora_and_grafts(family)
     training = settings(recomputes=recomputes)
@@ -151,7 +158,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_is_counted_to_the_byte_with_and_without_accumulation(
     name: str, accumulation: int

@@ -201,6 +201,7 @@ ANSWERS = {
 }
 
 
+@pytest.mark.parametrize("run", ["inprocess", pytest.param("flower", marks=pytest.mark.slow)], indirect=True)
 def test_hostile_answers_to_an_evaluation_leave_one_client_without_scores(run):
     """An interim evaluation after each round but the last gets another kind each time."""
     kinds = list(ANSWERS.values())

@@ -78,6 +78,7 @@ def test_no_personal_name_is_ever_in_an_upload(method, make_config, tmp_path, qu
     assert any(".experts." in name for name in sent) == (method == "fedavg_experts")
 
 
+@pytest.mark.slow
 def test_the_same_configuration_gives_the_same_run(make_config, tmp_path, quiet):
     for name in ("one", "two"):
         run_experiment(make_config("flex"), tmp_path / name, progress=quiet)
@@ -120,7 +121,10 @@ class _Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["client", "lines", "checkpoint", "evaluation"])
+@pytest.mark.parametrize(
+    "stage",
+    ["client", *(pytest.param(one, marks=pytest.mark.slow) for one in ("lines", "checkpoint", "evaluation"))],
+)
 @pytest.mark.parametrize("kept", [pytest.param("fresh", marks=pytest.mark.slow), "kept"])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(stage, kept, make_config, tmp_path, quiet, monkeypatch):
     config = make_config("flex", "rounds=3", f"training.optimizer_state={kept}", "cohort.size=2")

@@ -50,6 +50,7 @@ def test_a_run_over_flower_is_the_run_in_process(make_config, tmp_path, quiet):
     assert same(tmp_path / "flower") == same(tmp_path / "inprocess")
 
 
+@pytest.mark.slow
 def test_a_run_over_flower_goes_on_after_its_server_died(make_config, tmp_path, quiet):
     config = make_config("flex", "transport.name=flower", "rounds=2")
     run_experiment(make_config("flex", "rounds=2"), tmp_path / "whole", progress=quiet)

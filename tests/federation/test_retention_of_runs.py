@@ -77,6 +77,7 @@ def test_data_without_exam_have_no_retention_and_no_fault(make_config, tmp_path,
     assert (result["exam"], result["retention"]) == (None, None)
 
 
+@pytest.mark.slow
 def test_the_diagonal_of_the_matrix_is_each_client_s_own_score(make_config, tmp_path, quiet):
     same = ("evaluation.max_test_examples=3", "evaluation.matrix_examples=3", "evaluation.max_new_tokens=24")
     same += ("evaluation.matrix=true",)

@@ -176,7 +176,7 @@ def test_dense_plan_is_the_real_model_counted() -> None:
     assert least_bytes(counter, "dense") == counter.memory.total - real.activations
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(memory=st.integers(min_value=10_000, max_value=60_000_000))
 def test_as_many_experts_are_tuned_as_fit_and_no_more(memory: int) -> None:
     experts = flux_counter().experts

@@ -50,6 +50,7 @@ def test_to_ask_for_answers_where_none_was_kept_is_a_mistake(run_directory):
     assert not (run_directory / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_mistaken_reference_leaves_the_old_report(run_directory):
     old = write_report(run_directory)[0].read_bytes()
     with pytest.raises(UserError, match="--against 'nobody' is no method"):

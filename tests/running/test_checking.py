@@ -34,6 +34,7 @@ def shown_of(report):
     return console.file.getvalue()
 
 
+@pytest.mark.slow
 def test_the_first_rounds_roles_are_those_that_the_server_plans(make_config):
     report = check_experiment(make_config("flux", *FLUX, "cohort.memory_gb=[1.0]"))
     for role in report.roles.values():

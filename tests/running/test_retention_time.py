@@ -9,7 +9,9 @@ from fedexperts.running.experiment import run_experiment
 SELDOM = [pytest.param(1, "true", marks=pytest.mark.slow), pytest.param(2, "false", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize(("every", "personalised"), [(0, "false"), (2, "true"), *SELDOM])
+@pytest.mark.parametrize(
+    ("every", "personalised"), [pytest.param(0, "false", marks=pytest.mark.slow), (2, "true"), *SELDOM]
+)
 def test_check_counts_the_models_that_the_run_asks(
     make_config, tmp_path, quiet, monkeypatch, every, personalised
 ):
