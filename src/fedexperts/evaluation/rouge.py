@@ -4,8 +4,10 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from math import fsum
+from typing import TYPE_CHECKING
 
-from rouge_score.rouge_scorer import RougeScorer
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 
 def mean_rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -42,5 +44,8 @@ def _words(text: str) -> str:
 
 
 @cache
-def _scorer() -> RougeScorer:
+def _scorer() -> "RougeScorer":
+    # Its stemmer brings all of nltk and what that finds; commands that score nothing do not wait for it.
+    from rouge_score.rouge_scorer import RougeScorer
+
     return RougeScorer(["rougeL"], use_stemmer=True)
