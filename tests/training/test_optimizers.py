@@ -94,6 +94,13 @@ def test_the_blank_state_is_the_state_after_a_step_without_its_bytes(settings, d
     assert all(value.is_meta or value.dim() == 0 for values in blank.values() for value in values.values())
 
 
+def test_parameters_of_one_shape_and_two_dtypes_have_states_of_their_own():
+    forms_of = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float32}
+    parameters = {name: nn.Parameter(torch.zeros(2, 3, dtype=dtype)) for name, dtype in forms_of.items()}
+    state = blank_state(parameters, SETTINGS["momentum"])
+    assert {name: values["momentum_buffer"].dtype for name, values in state.items()} == forms_of
+
+
 def forms(values: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {key: (value.shape, value.dtype) for key, value in values.items()}
 
