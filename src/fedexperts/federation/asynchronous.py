@@ -55,6 +55,10 @@ class Buffer(Generic[One]):
     too_old: list[One] = field(default_factory=list)
     _asked: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        """Number the clients."""
+        self._places = {client_id: place for place, client_id in enumerate(self.client_ids)}
+
     def fill(self) -> None:
         """Let the clock run until the buffer is full, or nobody is left whose upload could come."""
         self._ask_free()
@@ -73,7 +77,7 @@ class Buffer(Generic[One]):
         return self.round_number - 1 - one.received
 
     def _place(self, one: One) -> int:
-        return self.client_ids.index(one.turn.client_id)
+        return self._places[one.turn.client_id]
 
     def _ask_free(self) -> None:
         """Give work to free clients while there are places; a client that fails leaves its own to another."""
