@@ -242,7 +242,7 @@ def crash_in_round(number, patched):
 
 
 def crash_in_turn(number, patched):
-    """Let a run end without a word in the middle of a round, after a turn of it."""
+    """Let a run end without a word in the middle of a round, after a turn; three are taken before the first."""
     exchange, done = InProcess.exchange, []
 
     def crash(self, downloads):
@@ -256,7 +256,7 @@ def crash_in_turn(number, patched):
 
 
 @pytest.mark.parametrize(
-    ("crash", "number"), [(crash_in_turn, 7), pytest.param(crash_in_round, 4, marks=pytest.mark.slow)]
+    ("crash", "number"), [(crash_in_turn, 10), pytest.param(crash_in_round, 4, marks=pytest.mark.slow)]
 )
 def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(
     late_run, tmp_path, quiet, monkeypatch, crash, number
