@@ -1,12 +1,15 @@
 """Asynchronous rounds: equal to rounds that wait where none is late, weights by hand, and any crash."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from fedexperts.algorithms import ALGORITHMS
 from fedexperts.doctor import examine
 from fedexperts.errors import UserError
 from fedexperts.federation.asynchronous import Buffer, rebased
@@ -406,3 +409,12 @@ def test_more_than_there_are_clients_is_refused_before_anything_runs(make_config
     with pytest.raises(UserError, match=rf"asynchronous.{key} is 4, but there are only 3 clients"):
         run_experiment(config, tmp_path / "run", progress=quiet)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_page_names_the_methods_that_have_an_asynchronous_form():
+    page = (Path(__file__).parents[2] / "docs" / "asynchronous.md").read_text()
+    told = page.partition("nothing else: ")[2].partition(". Each")[0]
+    have = [
+        name for name, cls in ALGORITHMS.items() if object.__new__(cls).has_private_form and cls.uses_mean
+    ]
+    assert sorted(re.findall(r"`(\w+)`", told)) == sorted(have)
