@@ -245,7 +245,7 @@ def crash_in_round(number, patched):
 
 
 def crash_in_turn(number, patched):
-    """Let a run end without a word in the middle of a round, after a turn; three are taken before the first."""
+    """Let a run end without a word after a turn; three are taken before the first round."""
     exchange, done = InProcess.exchange, []
 
     def crash(self, downloads):
