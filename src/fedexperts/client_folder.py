@@ -46,7 +46,13 @@ class ClientFolder:
         self._note(kept.first_kept_round, {**kept.files, name: hash_of(content)})
 
     def write_version(
-        self, content: Content | None, *, round_number: int, kept_round: int, keep_states: int
+        self,
+        content: Content | None,
+        *,
+        round_number: int,
+        kept_round: int,
+        keep_states: int,
+        num_older: int = 1,
     ) -> None:
         """Write the tensors that a round made, and drop the versions that no kept state needs.
 
@@ -55,6 +61,7 @@ class ClientFolder:
             round_number: the round.
             kept_round: the last round that counted, whose version this one was made from.
             keep_states: number of the server's last states that can be gone back to.
+            num_older: versions that stay of those as old as the oldest of these states, or older.
         """
         known = self._kept() if (self.path / RECORD).exists() else _Kept()
         if content is None:
@@ -64,7 +71,7 @@ class ClientFolder:
         name = _PERSONAL.format(round_number)
         self._write(name, content)
         counted = [number for number in known.versions if number <= kept_round]
-        keep = _needed(counted, round_number - keep_states)
+        keep = _needed(counted, round_number - keep_states, num_older)
         dropped = {old for number, old in known.versions.items() if number not in keep} - {name}
         files = {old: seal for old, seal in known.files.items() if old not in dropped}
         first = round_number if known.first_kept_round is None else known.first_kept_round
@@ -139,7 +146,7 @@ class ClientFolder:
         write_sealed(self.path / RECORD, record, is_private=True)
 
 
-def _needed(counted: Iterable[int], oldest: int) -> set[int]:
+def _needed(counted: Iterable[int], oldest: int, num_older: int) -> set[int]:
     """Return the versions that a client needs in the rounds after ``oldest``, the first state kept."""
     later = {number for number in counted if number > oldest}
-    return later | {max((number for number in counted if number <= oldest), default=0)}
+    return later | set(sorted(set(counted) - later)[-num_older:])

@@ -163,12 +163,25 @@ def rewind(run: RunDirectory, round_number: int) -> None:
 
 
 def drop_states(run: RunDirectory, last_round: int, keep_states: int) -> None:
-    """Delete the states after ``last_round``, and those before it but the last ``keep_states - 1``."""
+    """Delete the states after ``last_round``, and those before it but the last ``keep_states - 1``.
+
+    Files that a kept state names stay: uploads under way, and older states that these began from.
+    """
     kept = [number for number in run.kept_rounds() if number <= last_round][:keep_states]
     ends = tuple(f"-round-{number:05d}" for number in kept)
-    for path in run.state.glob("*-round-*"):
-        if not path.stem.endswith(ends):
+    named = {run.path / name for number in kept for name in _files_of(run, number)}
+    for path in (*run.state.glob("*-round-*"), *run.under_way.glob("*")):
+        is_kept = path.parent == run.state and path.stem.endswith(ends)
+        if not is_kept and path not in named:
             path.unlink()
+
+
+def _files_of(run: RunDirectory, round_number: int) -> list[str]:
+    """Return the names of the files of a state that is kept; none if its record is damaged."""
+    try:
+        return list(read_record(run.state_record(round_number))["files"])
+    except UserError:
+        return []
 
 
 def cut_logs(run: RunDirectory, logs: Mapping[str, Record]) -> None:

@@ -207,6 +207,7 @@ class RunDirectory:
         self.checkpoint = path / "checkpoint.json"
         self.result = path / "result.json"
         self.state = path / "state"
+        self.under_way = path / "under_way"
         self.client_folders = path / "clients"
         self.flower_token = path / "flower_token"
         self.log_hashes = {path: GrowingHash(path) for path in (self.rounds, self.clients)}

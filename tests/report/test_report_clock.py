@@ -6,6 +6,7 @@ from fedexperts.report.clock import clock_figures, clock_sentences, clock_table
 from fedexperts.report.grouping import methods_of
 from fedexperts.report.reading import Run, Suite
 from fedexperts.report.sections import content_of
+from fedexperts.report.staleness import staleness_figures, staleness_table
 
 BYTES = {"upload_bytes": 30.0, "download_bytes": 10.0}
 
@@ -90,3 +91,24 @@ def test_runs_without_a_clock_have_no_such_section():
     assert "Simulated time" not in titles
     titles = [section.title for section in content_of(Suite(title="", runs=RUNS)).sections]
     assert "Simulated time" in titles
+
+
+def test_the_age_of_uploads_is_told_for_servers_that_do_not_wait_and_for_no_other():
+    late = run_of("fedavg", 0, seconds=5.0, reached=True, scores=(0.6, 0.7))
+    for number, line in late.rounds.items():
+        line |= {
+            "asynchronous.staleness_mean": number / 2,
+            "asynchronous.staleness_max": float(number),
+            "asynchronous.weight_mean": 0.5,
+            "asynchronous.num_at_work": 4.0,
+        }
+    late.result["refused"] = {"stale": 2}
+    waits = run_of("flex", 0, seconds=100.0, reached=True, scores=(0.6, 0.7))
+    methods = methods_of((late, waits))
+    (table,) = staleness_table(methods)
+    assert table.rows == (("fedavg", "3", "1.000", "3.000", "0.500", "2", "4.000"),)
+    (figure,) = staleness_figures(methods)
+    assert [panel.table.titles[-1] for panel in figure.panels] == ["fedavg", "fedavg"]
+    assert "<svg" in figure.panels[0].draw("salt")
+    assert staleness_table(methods_of((waits,))) == []
+    assert staleness_figures(methods_of((waits,))) == []

@@ -15,6 +15,11 @@ def with_settings(result, section, **values):
     return result
 
 
+def with_new(result, **asynchronous):
+    result["settings"]["asynchronous"] = asynchronous
+    return result
+
+
 def test_runs_that_differ_in_seeds_alone_are_one_method():
     (method,) = methods_of(runs_of(*(make_result("flex", seed) for seed in (2, 0, 1))))
     assert method.label == "flex"
@@ -34,6 +39,22 @@ def test_a_key_that_varies_between_algorithms_only_is_not_in_the_label():
     flex, fedavg = make_result("flex"), make_result("fedavg")
     assert flex["settings"]["training"]["lr"] != fedavg["settings"]["training"]["lr"]
     assert {method.label for method in methods_of(runs_of(flex, fedavg))} == {"flex", "fedavg"}
+
+
+def test_of_a_section_that_some_runs_lack_only_what_tells_them_apart_is_in_the_label():
+    ours = {"buffer": 2, "concurrency": 0, "max_staleness": 0}
+    results = [make_result("fedavg"), with_new(make_result("fedavg"), **ours)]
+    labels = [method.label for method in methods_of(runs_of(*results))]
+    assert sorted(labels) == ["fedavg", "fedavg buffer=2"]
+    results.append(with_new(make_result("fedavg"), **ours | {"max_staleness": 4}))
+    labels = [method.label for method in methods_of(runs_of(*results))]
+    assert sorted(labels) == ["fedavg", "fedavg max_staleness=0", "fedavg max_staleness=4"]
+
+
+def test_how_often_a_run_is_evaluated_makes_no_task():
+    results = [with_settings(make_result("flex"), "evaluation", every=number) for number in (2, 4)]
+    methods = methods_of(runs_of(*results))
+    assert [(method.task, method.name) for method in methods] == [("", "flex every=2"), ("", "flex every=4")]
 
 
 def test_an_unusual_adapter_is_in_the_label():

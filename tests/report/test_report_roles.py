@@ -164,3 +164,14 @@ def test_the_longest_turns_are_drawn(num_clients):
     rows, _ = spans_of(turns)
     assert len(rows) == 21
     assert "c24" in rows or num_clients == 20
+
+
+def test_where_the_server_does_not_wait_a_row_begins_when_its_turn_began():
+    late = replace(timed("a", download=1.0, train=5.0, upload=1.0, total=7.0), started=3.0)
+    fresh = replace(timed("b", download=1.0, train=1.0, upload=1.0, total=3.0), started=8.0)
+    rows, ends = spans_of([late, fresh])
+    assert rows["a"] == [(0.0, 1.0), (1.0, 5.0), (6.0, 1.0)]
+    assert rows["b"] == [(5.0, 1.0), (6.0, 1.0), (7.0, 1.0)]
+    assert ends == [8.0]
+    (figure,) = time_lines(methods_with([late, fresh]))
+    assert "each row begins when its turn began" in figure.note

@@ -11,6 +11,7 @@ from fedexperts.config.build import CLASSES, UNKNOWN
 from fedexperts.data.settings import SITE, DataSettings
 from fedexperts.errors import UserError
 from fedexperts.evaluation.settings import WHENS, EvaluationSettings
+from fedexperts.federation.asynchronous_settings import AsynchronousSettings
 from fedexperts.federation.clock_settings import ClockSettings
 from fedexperts.federation.cohort import CohortSettings
 from fedexperts.federation.scoring import FACETS
@@ -22,6 +23,16 @@ from fedexperts.training.settings import TrainingSettings
 
 MOST_THREADS = 1024
 """Threads that torch is asked for at most: it starts as many as it is told to."""
+
+_IN_PROCESS = '"inprocess" with [asynchronous], which is simulated'
+_BY_CONCURRENCY = "0 with [asynchronous]: asynchronous.concurrency says how many are at work"
+_BY_STALENESS = "0 with [asynchronous]: no step waits, and asynchronous.max_staleness refuses late uploads"
+_BY_BUFFER = "at most asynchronous.buffer: no step of the server would count"
+_BY_MEAN = (
+    '"mean" or "clipped" with [asynchronous]: which change is extreme cannot be told where clients began '
+    "from different states"
+)
+_NOT_PRIVATE = "0 with [asynchronous]: epsilon is accounted for rounds in which clients are asked at once"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +72,8 @@ class RunConfig:
     """Transport for downloads and uploads."""
     clock: ClockSettings | None = None
     """The simulated clock."""
+    asynchronous: AsynchronousSettings | None = None
+    """Steps of the server that do not wait for all."""
 
     def __post_init__(self) -> None:
         """Refuse numbers outside their range, and memory that nothing is chosen by."""
@@ -78,6 +91,8 @@ class RunConfig:
             self._check_privacy()
         if self.clock is not None:
             self._check_clock(self.clock)
+        if self.asynchronous is not None:
+            self._check_asynchronous(self.asynchronous)
         if self.transport.name == "inprocess" and self.clock is None:
             self._refuse_waiting()
         if self.transport.clients == "process" and not self.algorithm.fits_slots:
@@ -114,6 +129,30 @@ class RunConfig:
                     f"cohort.{name} is {value:g}, but must be 0 with [privacy]: refusing one client because "
                     "of the others is not covered, and changes are clipped anyway"
                 )
+
+    def _check_asynchronous(self, settings: AsynchronousSettings) -> None:
+        """Refuse what has no meaning where clients begin from different states, and what nothing times."""
+        if self.clock is None:
+            raise UserError(
+                f"asynchronous.buffer is {settings.buffer}, but nothing says which uploads come first: add a "
+                "section [clock]"
+            )
+        if not (self.algorithm.has_private_form and self.algorithm.uses_mean):
+            raise UserError(
+                f"asynchronous.buffer is {settings.buffer}, but this algorithm has no asynchronous form: its "
+                "server takes more of an upload than one mean of its tensors, or nothing"
+            )
+        cohort, transport, privacy = self.cohort, self.transport, self.privacy
+        for is_wrong, key, value, demand in (
+            (transport.name != "inprocess", "transport.name", f'"{transport.name}"', _IN_PROCESS),
+            (cohort.size, "cohort.size", cohort.size, _BY_CONCURRENCY),
+            (transport.round_seconds, "transport.round_seconds", transport.round_seconds, _BY_STALENESS),
+            (cohort.min_uploads > settings.buffer, "cohort.min_uploads", cohort.min_uploads, _BY_BUFFER),
+            (self.aggregation.holds_uploads, "aggregation.kind", f'"{self.aggregation.kind}"', _BY_MEAN),
+            (privacy.is_on, "privacy.clip_norm", privacy.clip_norm, _NOT_PRIVATE),
+        ):
+            if is_wrong:
+                raise UserError(f"{key} is {value}, but must be {demand}")
 
     def _refuse_waiting(self) -> None:
         """Refuse settings about who comes first where clients take turns and nothing says how long."""

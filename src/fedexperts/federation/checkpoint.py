@@ -6,6 +6,7 @@ from typing import Any
 
 from fedexperts.algorithms.api import ClientFacts, ServerState
 from fedexperts.federation.personal import read_tensors, write_tensors
+from fedexperts.federation.under_way import UploadUnderWay, from_record
 from fedexperts.integrity import committed_files, cut_logs, drop_states, read_record, refuse_lost_checkpoint
 from fedexperts.run_directory import RunDirectory, write_atomically
 from fedexperts.seals import damaged, write_sealed
@@ -18,7 +19,9 @@ class Checkpoint:
 
     state: ServerState
     kept_rounds: Mapping[str, int] = field(default_factory=dict)
-    """Last round of each client whose upload was accepted."""
+    """For each client whose uploads were accepted, the round in which the last of these turns began."""
+    under_way: tuple[UploadUnderWay, ...] = ()
+    """Turns that have begun and whose uploads have not come; in asynchronous rounds alone."""
 
 
 def state_sha256(state: ServerState) -> str:
@@ -33,15 +36,34 @@ def save_checkpoint(run: RunDirectory, checkpoint: Checkpoint, *, keep_states: i
     """
     state = checkpoint.state
     parts = {"state": state.tensors, "beside": state.beside}
-    names = {part: f"{part}-round-{state.round_number:05d}.safetensors" for part in parts}
+    names = {
+        "state": state_name(state.round_number),
+        "beside": f"beside-round-{state.round_number:05d}.safetensors",
+    }
     hashes = {
         f"state/{names[part]}": write_tensors(run.state / names[part], tensors)
         for part, tensors in parts.items()
     }
+    hashes |= _hashes_of_under_way(run, checkpoint)
     record = run.state_record(state.round_number)
     write_sealed(record, _record_of(run, checkpoint) | {"files": committed_files(run) | hashes} | names)
     write_atomically(run.checkpoint, record.read_bytes())
     drop_states(run, state.round_number, keep_states)
+
+
+def _hashes_of_under_way(run: RunDirectory, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the hashes of uploads that are under way, and of the states that their clients received."""
+    turns = checkpoint.under_way
+    states = {state_name(one.received) for one in turns} - {state_name(checkpoint.state.round_number)}
+    known = read_record(run.checkpoint)["files"] if states else {}
+    return {f"{run.under_way.name}/{one.file}": one.sha256 for one in turns} | {
+        f"state/{name}": known[f"state/{name}"] for name in sorted(states)
+    }
+
+
+def state_name(round_number: int) -> str:
+    """Return the name of the file with the server's tensors that go into the model, after a round."""
+    return f"state-round-{round_number:05d}.safetensors"
 
 
 def _record_of(run: RunDirectory, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -54,6 +76,7 @@ def _record_of(run: RunDirectory, checkpoint: Checkpoint) -> dict[str, Any]:
         "clients": [asdict(facts) for facts in state.clients],
         "kept_rounds": dict(checkpoint.kept_rounds),
         "logs": {path.name: seal.seal() for path, seal in run.log_hashes.items()},
+        **({"under_way": [one.record() for one in checkpoint.under_way]} if checkpoint.under_way else {}),
     }
 
 
@@ -81,7 +104,8 @@ def load_checkpoint(run: RunDirectory) -> Checkpoint | None:
             num_rounds=record["num_rounds"],
             clients=tuple(ClientFacts(**facts) for facts in record["clients"]),
         )
-        return Checkpoint(state=state, kept_rounds=dict(record["kept_rounds"]))
+        under_way = tuple(map(from_record, record.get("under_way", ())))
+        return Checkpoint(state=state, kept_rounds=dict(record["kept_rounds"]), under_way=under_way)
     except (KeyError, TypeError):
         raise damaged(run.checkpoint) from None
 

@@ -22,7 +22,7 @@ _PASSES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Turn:
+class Turn:
     """Simulated times of one client's turn, in seconds since the run's start."""
 
     client_id: str
@@ -42,7 +42,7 @@ class Clock:
     seed: int
     now: float = 0.0
     """Start of the round under way, in seconds since the run's start."""
-    _turns: list[_Turn] = field(default_factory=list)
+    _turns: list[Turn] = field(default_factory=list)
     _waited_until: float = 0.0
     """Time until which the server waited in the round under way, whoever came."""
 
@@ -56,33 +56,52 @@ class Clock:
         self, client_id: str, work: Mapping[str, PhaseWork], *, download_bytes: int, upload_bytes: int
     ) -> dict[str, float]:
         """Return a turn's seconds by phase, and its ``total`` until the upload is done."""
-        turn, seconds = self._timed(client_id, work, download_bytes, upload_bytes)
-        self._turns.append(turn)
+        turn, seconds = self.timed(
+            client_id, work, download_bytes=download_bytes, upload_bytes=upload_bytes, start=self.now
+        )
+        self.count(turn)
         return seconds
 
     def foreseen(
         self, client_id: str, work: Mapping[str, PhaseWork], *, download_bytes: int, upload_bytes: int
     ) -> dict[str, float]:
         """Return the same of a turn that may not count; nothing is recorded."""
-        return self._timed(client_id, work, download_bytes, upload_bytes)[1]
+        return self.timed(
+            client_id, work, download_bytes=download_bytes, upload_bytes=upload_bytes, start=self.now
+        )[1]
+
+    def count(self, turn: Turn) -> None:
+        """Let a turn's upload be one of the round under way."""
+        self._turns.append(turn)
 
     def wait(self, seconds: float) -> None:
         """Let the round under way last so long at least: somebody did not come in time."""
-        self._waited_until = self.now + seconds
+        self.wait_until(self.now + seconds)
 
-    def _timed(
-        self, client_id: str, work: Mapping[str, PhaseWork], download_bytes: int, upload_bytes: int
-    ) -> tuple[_Turn, dict[str, float]]:
+    def wait_until(self, time: float) -> None:
+        """Let the round under way last until ``time`` at least."""
+        self._waited_until = time
+
+    def timed(
+        self,
+        client_id: str,
+        work: Mapping[str, PhaseWork],
+        *,
+        download_bytes: int,
+        upload_bytes: int,
+        start: float,
+    ) -> tuple[Turn, dict[str, float]]:
+        """Return a turn that begins at ``start``, and its seconds as :meth:`turn` has them."""
         device, slowness = self._devices[client_id], self._slowness[client_id]
         down, up = device.link_seconds(download_bytes=download_bytes, upload_bytes=upload_bytes)
         phases = {phase: own.seconds for phase, own in work.items()}
         seconds = {n: s * slowness for n, s in {"download": down, **phases, "upload": up}.items()}
         later = math.fsum(s for name, s in seconds.items() if name.endswith(OVERLAPPED))
         busy = self._until_upload(seconds)
-        waited = self._absence(client_id, self.now, busy)
-        uploaded = self.now + waited + busy
+        waited = self._absence(client_id, start, busy)
+        uploaded = start + waited + busy
         ready = uploaded + self._absence(client_id, uploaded, later) + later
-        turn = _Turn(client_id=client_id, uploaded=uploaded, ready=ready, upload_bytes=upload_bytes)
+        turn = Turn(client_id=client_id, uploaded=uploaded, ready=ready, upload_bytes=upload_bytes)
         waits = {"wait": waited} if self.settings.available_hours < HOURS_OF_DAY else {}
         return turn, {**seconds, **waits, "total": waited + busy}
 

@@ -13,10 +13,13 @@ FENCES = {
     "repeated": "this client's upload has come already",
     "late": "it did not come in time",
     "surplus": "enough others had come before it",
+    "stale": "the server had made too many steps since its client began",
 }
 """Reasons for which an upload does not count whatever it brings; rounds.jsonl counts them by these names."""
 
-NO_FAILURES = ("repeated", "surplus")
+EXPECTED = ("surplus", "stale")
+"""Those that the settings bring about."""
+NO_FAILURES = ("repeated", *EXPECTED)
 """Those that are no failure of the client: its first upload counts, or nobody waited for it."""
 
 

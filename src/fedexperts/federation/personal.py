@@ -48,9 +48,18 @@ class PersonalStore:
         return Kept() if path is None else read_kept(path)
 
     def save(
-        self, client_id: str, kept: Kept, *, round_number: int, kept_round: int, keep_states: int = 1
+        self,
+        client_id: str,
+        kept: Kept,
+        *,
+        round_number: int,
+        kept_round: int,
+        keep_states: int = 1,
+        num_older: int = 1,
     ) -> None:
         """Write the version of ``round_number``, and drop those that none of the kept states needs.
+
+        See :meth:`fedexperts.client_folder.ClientFolder.write_version` for the numbers.
 
         Raises:
             UserError: a value is not finite; nothing is written.
@@ -61,6 +70,7 @@ class PersonalStore:
             round_number=round_number,
             kept_round=kept_round,
             keep_states=keep_states,
+            num_older=num_older,
         )
 
 

@@ -18,9 +18,10 @@ from fedexperts.federation.clock import Clock
 from fedexperts.federation.cohort import CohortSettings, draw_cohort
 from fedexperts.federation.edge import refusal
 from fedexperts.federation.fencing import fenced_by_clock, turn_of
-from fedexperts.federation.ledger import NO_FAILURES, Ledger
+from fedexperts.federation.ledger import EXPECTED, NO_FAILURES, Ledger
 from fedexperts.federation.norm_guard import Judged, guarded, norms_of
 from fedexperts.federation.transport import Delivery, Transport
+from fedexperts.federation.under_way import UploadUnderWay
 from fedexperts.messages import LARGEST_ANSWER, Download, Expected, Upload, predict_upload_bytes
 from fedexperts.tensors import first_non_finite
 
@@ -48,10 +49,17 @@ class RoundRecord:
     """Uploads that did not count whatever they brought, by the names of ``federation.ledger.FENCES``."""
     simulated: dict[str, Any] | None = None
     """Figures of the clock for the round; None without one."""
+    asynchronous: dict[str, Any] | None = None
+    """Figures of the uploads' age; None where rounds wait for all."""
+    taken: list[dict[str, float]] = field(default_factory=list)
+    """Measured seconds by phase of the turns that were taken in this round."""
+    under_way: tuple[UploadUnderWay, ...] = ()
+    """Turns that outlast the round."""
 
     def line(self, state: ServerState) -> dict[str, Any]:
         """Return the round's line in rounds.jsonl."""
         losses = [client["train_loss"] for client in self.clients]
+        parts = {"simulated": self.simulated, "asynchronous": self.asynchronous}
         return {
             "round": self.round_number,
             "cohort": list(self.cohort),
@@ -64,7 +72,7 @@ class RoundRecord:
             "refused": self.refused,
             "seconds": self.seconds,
             "server_state_sha256": state_sha256(state),
-        } | ({} if self.simulated is None else {"simulated": self.simulated})
+        } | {name: part for name, part in parts.items() if part is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +107,13 @@ class Federation:
         self,
         start: Checkpoint,
         *,
-        before_round: Callable[[int, Sequence[str]], None],
+        before_round: Callable[[int, int], None],
         after_client: Callable[[str], None],
         after_round: Callable[[Checkpoint, RoundRecord], None],
     ) -> Checkpoint:
         """Run all rounds after ``start``; ``after_round`` is where a round is made to last.
+
+        ``before_round`` is told the round and the number of uploads that it waits for.
 
         Raises:
             UserError: a client failed and ``cohort.on_failure`` is ``stop``; the round does not count.
@@ -112,7 +122,7 @@ class Federation:
         client_ids = [facts.client_id for facts in start.state.clients]
         for round_number in range(start.state.round_number + 1, self.num_rounds + 1):
             cohort = draw_cohort(client_ids, self.cohort, self.seed, round_number)
-            before_round(round_number, cohort)
+            before_round(round_number, self._num_awaited(cohort))
             record = RoundRecord(round_number=round_number, cohort=cohort, lr=self.lr_of_round(round_number))
             started = time.perf_counter()
             reached = self._round(reached, record, after_client)
@@ -120,6 +130,9 @@ class Federation:
             record.simulated = self.clock.end_round() if self.clock else None
             after_round(reached, record)
         return reached
+
+    def _num_awaited(self, cohort: Sequence[str]) -> int:
+        return len(cohort)
 
     def _round(
         self, start: Checkpoint, record: RoundRecord, after_client: Callable[[str], None]
@@ -132,9 +145,11 @@ class Federation:
             self._fail(record, record.cohort, reason)
             record.clients.clear()
             state = start.state
-        accepted = dict.fromkeys((line["client"] for line in record.clients), record.round_number)
+        # A client names what it keeps by the round in which its turn began.
+        accepted = {line["client"]: record.round_number - line.get("staleness", 0) for line in record.clients}
         state = replace(state, round_number=record.round_number)
-        return Checkpoint(state=state, kept_rounds={**start.kept_rounds, **accepted})
+        kept_rounds = {**start.kept_rounds, **accepted}
+        return Checkpoint(state=state, kept_rounds=kept_rounds, under_way=record.under_way)
 
     def _void(self, state: ServerState, record: RoundRecord) -> str:
         """Return why a round does not count as a whole, or nothing."""
@@ -161,17 +176,23 @@ class Federation:
             if reason:
                 self._refuse(record, delivery, reason)
             else:
-                has_tables = not self._leaves_tables_out(upload)
-                predicted = predict_round(
-                    self.algorithm, self.parts, planned, client_id, has_tables=has_tables
-                )
-                line = client_line(delivery, record.round_number, predicted)
-                line["upload_sha256"] = ledger.hashes[client_id]
-                if self.memory_plan:
-                    line["algorithm"][PLANNED] = self.memory_plan(planned, client_id)
+                line = self._line(planned, ledger, delivery, record)
                 record.clients.append(line | self._simulated(delivery))
                 yield client_id, upload
             after_client(client_id)
+
+    def _line(
+        self, planned: ServerState, ledger: Ledger, delivery: Delivery, record: RoundRecord
+    ) -> dict[str, Any]:
+        """Return a client's line of clients.jsonl, its simulated part aside; count the turn's seconds."""
+        client_id, has_tables = delivery.client_id, not self._leaves_tables_out(delivery.upload)
+        predicted = predict_round(self.algorithm, self.parts, planned, client_id, has_tables=has_tables)
+        line = client_line(delivery, record.round_number, predicted)
+        line["upload_sha256"] = ledger.hashes[client_id]
+        if self.memory_plan:
+            line["algorithm"][PLANNED] = self.memory_plan(planned, client_id)
+        record.taken.append(line["seconds"])
+        return line
 
     def _finish(self, record: RoundRecord) -> None:
         """Wait until every client has what it keeps on disk; add to the lines what was done after uploads."""
@@ -214,15 +235,8 @@ class Federation:
         return self.is_private or (self.of_sites and not upload.tables)
 
     def _simulated(self, delivery: Delivery) -> dict[str, Any]:
-        """Return what a clock adds to the client's line: counted work, and simulated seconds by phase."""
-        if self.clock is None:
-            return {}
-        work = from_figures(delivery.upload.work)
-        seconds = self.clock.turn(**turn_of(delivery))
-        return {
-            "work": {phase: asdict(own) for phase, own in work.items()},
-            "simulated_seconds": seconds,
-        }
+        """Let the clock count a turn; return what it adds to the client's line."""
+        return {} if self.clock is None else simulated_part(delivery, self.clock.turn(**turn_of(delivery)))
 
     def downloads(
         self, state: ServerState, reached: Checkpoint, client_ids: Sequence[str], round_number: int, task: str
@@ -250,7 +264,7 @@ class Federation:
         if delivery.fenced:
             record.refused[delivery.fenced] = record.refused.get(delivery.fenced, 0) + 1
         if delivery.fenced in NO_FAILURES:
-            told = logger.info if delivery.fenced == "surplus" else logger.warning
+            told = logger.info if delivery.fenced in EXPECTED else logger.warning
             told("round %d: client %s: %s", record.round_number, delivery.client_id, reason)
         else:
             self._fail(record, [delivery.client_id], reason)
@@ -268,8 +282,8 @@ class Federation:
 
 
 def _add_seconds(record: RoundRecord, total: float) -> None:
-    for client in record.clients:
-        for phase, seconds in client["seconds"].items():
+    for turn in record.taken:
+        for phase, seconds in turn.items():
             record.seconds[phase] = record.seconds.get(phase, 0.0) + seconds
     record.seconds["aggregate"] = max(total - math.fsum(record.seconds.values()), 0.0)
     record.seconds["total"] = total
@@ -290,6 +304,15 @@ def client_line(delivery: Delivery, round_number: int, predicted: PredictedBytes
         "download_bytes": delivery.download_bytes,
         "download_predicted": predicted.download,
         "seconds": {**upload.seconds, **delivery.seconds},
+    }
+
+
+def simulated_part(delivery: Delivery, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Return what a clock adds to a client's line: counted work, and simulated seconds by phase."""
+    work = from_figures(delivery.upload.work)
+    return {
+        "work": {phase: asdict(own) for phase, own in work.items()},
+        "simulated_seconds": dict(seconds),
     }
 
 

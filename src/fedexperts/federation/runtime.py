@@ -46,6 +46,9 @@ class RuntimeSettings:
     """Device of each client, for which the work of its turns is counted; empty without a clock."""
     keep_states: int = 1
     """Number of the server's last states that can be gone back to, for which clients keep their versions."""
+    num_older: int = 1
+    """Versions that clients keep of those as old as the oldest of these states, or older: two where an upload
+    may count rounds after its turn began."""
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
     """Clipping and noise of uploads."""
 
@@ -213,6 +216,7 @@ class ClientRuntime:
             round_number=download.round_number,
             kept_round=download.kept_round,
             keep_states=self.settings.keep_states,
+            num_older=self.settings.num_older,
         )
 
     def _work(self, client_id: str, meter: WorkMeter, upload: Upload, kept: Kept) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """Runs to methods: runs that differ in nothing but a seed are one method, told by what differs.
 
 The keys that vary under ``data``, ``model`` and ``evaluation`` make a *task*: scores are only compared, and
-the best only marked, within one task. The other varying keys go into the method's label, beside the name of
-its algorithm, where they vary among the runs of that algorithm; keys of ``adapter`` also where they differ
-from what most methods have. A rate that a search chose for a whole algorithm stays out.
+the best only marked, within one task. How often a run is evaluated is no part of it. The other varying keys
+go into the method's label, beside the name of its algorithm, where they vary among the runs of that
+algorithm; keys of ``adapter`` also where they differ from what most methods have. A rate that a search chose
+for a whole algorithm stays out.
 """
 
 from collections import Counter
@@ -16,6 +17,8 @@ from fedexperts.report.reading import Run
 
 TASK_SECTIONS = ("data", "model", "evaluation")
 """Sections whose settings make a task."""
+_HOW_OFTEN = "evaluation.every"
+"""Of the evaluation this alone changes no score: rounds may be of different lengths."""
 _ALGORITHM = "algorithm.name"
 Flat = dict[str, Any]
 
@@ -99,16 +102,31 @@ def _rank(method: Method) -> tuple[float, float, str]:
 def _label(all_settings: list[Flat], groups: list[list[Run]]) -> list[Method]:
     names = short_names(dict.fromkeys(key for settings in all_settings for key in settings))
     varied = varied_keys(all_settings)
-    task_keys = [key for key in varied if key.partition(".")[0] in TASK_SECTIONS]
+    task_keys = [key for key in varied if key.partition(".")[0] in TASK_SECTIONS and key != _HOW_OFTEN]
     methods = []
     for settings, group in zip(all_settings, groups, strict=True):
         same = [other for other in all_settings if other[_ALGORITHM] == settings[_ALGORITHM]]
         told = {*varied_keys(same), *_uncommon(settings, all_settings)}
         own = [key for key in varied if key in told and key not in task_keys]
+        own = _without_defaults(own, all_settings)
         name = " ".join([str(settings[_ALGORITHM]), *_pairs(settings, own, names)])
         task = " ".join(_pairs(settings, task_keys, names))
         methods.append(Method(name=name, task=task, runs=tuple(group)))
     return methods
+
+
+def _without_defaults(keys: Iterable[str], all_settings: Sequence[Flat]) -> list[str]:
+    """Leave out keys that some runs lack and all others share, unless no other key of their section stays."""
+    found = list(keys)
+    varied = {key for key in found if len({repr(one[key]) for one in all_settings if key in one}) > 1}
+    told = {key.rpartition(".")[0] for key in varied}
+    kept = []
+    for key in found:
+        section = key.rpartition(".")[0]
+        if key in varied or section not in told:
+            kept.append(key)
+            told.add(section)
+    return kept
 
 
 def _uncommon(settings: Flat, all_settings: Sequence[Flat]) -> Iterable[str]:

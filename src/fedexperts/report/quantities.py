@@ -36,6 +36,8 @@ TITLES = {
     "algorithm.chosen_experts": "experts chosen to graft",
     "algorithm.memory_peak_bytes": "memory of the client's process: peak",
     "algorithm.memory_planned_bytes": "memory of the client's process: planned",
+    "asynchronous.staleness_mean": "staleness of a step's uploads, mean",
+    "asynchronous.staleness_max": "staleness of a step's uploads, largest",
     "algorithm.profile_error": "error of the profile that was used",
     "algorithm.profile_error_fresh": "error of a fresh profile in as few bits",
 }

@@ -35,6 +35,8 @@ class Turn:
     """Measured seconds by phase."""
     simulated: dict[str, float]
     """Simulated seconds by phase; empty without a clock."""
+    started: float = 0.0
+    """Simulated time at which the turn began, where turns of a round begin at different times."""
     numbers: dict[str, float]
     """Numbers measured under :data:`TURN_NUMBERS`."""
     tables: dict[str, list[list[int]]]
@@ -234,6 +236,7 @@ def _turn(line: dict[str, Any]) -> Turn:
         client=str(line.get("client", "")),
         seconds=numbers_of(line.get("seconds") or {}),
         simulated=numbers_of(line.get("simulated_seconds") or {}),
+        started=float(line.get("simulated_start", 0.0)),
         numbers=numbers_of({name: own[name] for name in TURN_NUMBERS if name in own}),
         tables={name: own[name] for name in TURN_TABLES if isinstance(own.get(name), list)},
     )

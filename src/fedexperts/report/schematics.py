@@ -78,6 +78,6 @@ def time_line(rows: Mapping[str, Sequence[Span]], marks: Sequence[float], salt: 
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlim(left=0)
         axes.grid(axis="x", color=RULE)
-        axes.set_xlabel("seconds since the round began")
+        axes.set_xlabel("seconds since the first of these turns began")
 
     return svg_of(draw, 6.4, 0.24 * len(names) + 0.1, salt)

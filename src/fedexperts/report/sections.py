@@ -28,6 +28,7 @@ from fedexperts.report.reading import Suite
 from fedexperts.report.retention import retention_figures, retention_table
 from fedexperts.report.roles import role_figures, role_table
 from fedexperts.report.samples import sample_tables
+from fedexperts.report.staleness import staleness_figures, staleness_table
 from fedexperts.report.tables import Table, headline_table, make_table, method_table, rows_of, turned
 from fedexperts.report.time_line import time_lines
 from fedexperts.report.traffic import bytes_figures
@@ -131,8 +132,8 @@ def _sections(suite: Suite, methods: Sequence[Method], compared: Sequence[Compar
     yield Section(
         title="Simulated time",
         sentences=clock_sentences(methods),
-        figures=clock_figures(methods),
-        tables=clock_table(methods),
+        figures=[*clock_figures(methods), *staleness_figures(methods)],
+        tables=[*clock_table(methods), *staleness_table(methods)],
     )
     yield Section(
         title="Settings and environment",

@@ -55,13 +55,18 @@ def _figure(method: Method, *, is_folded: bool) -> list[Figure]:
     return [
         Figure(
             title=f"Round {last[0].round_number}: {method.label}",
-            note=" ".join(_NOTES[kind] for kind in kinds) + _left_out(last),
+            note=" ".join(_NOTES[kind] for kind in kinds) + _late(last) + _left_out(last),
             panels=[_panel(heading(kind), rows, phases, styles) for kind, rows in lines.items()],
             legend=[(title_of(group), style) for group, style in styles.items()],
             marks="■",
             is_folded=is_folded,
         )
     ]
+
+
+def _late(turns: Sequence[Turn]) -> str:
+    has_own_starts = len({turn.started for turn in turns}) > 1
+    return " The server did not wait: each row begins when its turn began." if has_own_starts else ""
 
 
 def _left_out(turns: Sequence[Turn]) -> str:
@@ -80,14 +85,16 @@ def _phases(names: Sequence[str]) -> list[str]:
 def _lines(run: Run, turns: Sequence[Turn], kind: str) -> dict[str, list[Stretch]]:
     """Return the stretches of each client's row and of the server's."""
     seconds = {turn.client: _own(turn, kind) for turn in turns}
+    first = min(turn.started for turn in turns)
+    starts = {turn.client: turn.started - first if kind == "simulated" else 0.0 for turn in turns}
     longest = sorted(seconds, key=lambda client: -_uploaded(seconds[client]))[:_MOST_CLIENTS]
     names = short_client_names([turn.client for turn in turns])
     rows: dict[str, list[Stretch]] = {}
     for client in (turn.client for turn in turns if turn.client in longest):
-        rows |= _rows(names[client], seconds[client])
+        rows |= _rows(names[client], seconds[client], starts[client])
     numbers = run.rounds.get(turns[0].round_number, {})
     prefix = "simulated.seconds." if kind == "simulated" else "seconds."
-    start = max(map(_uploaded, seconds.values()))
+    start = max(starts[client] + _uploaded(own) for client, own in seconds.items())
     rows[_SERVER] = [(_AGGREGATE, start, numbers.get(f"{prefix}{_AGGREGATE}", 0.0))]
     return rows
 
@@ -107,20 +114,20 @@ def _until_upload(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
     return [(name, seconds[name]) for name in ordered]
 
 
-def _rows(name: str, seconds: Mapping[str, float]) -> dict[str, list[Stretch]]:
+def _rows(name: str, seconds: Mapping[str, float], start: float) -> dict[str, list[Stretch]]:
     """Return one row of a client, or two where its link and its work run side by side."""
-    done, phases = _uploaded(seconds), _until_upload(seconds)
+    done, phases = start + _uploaded(seconds), _until_upload(seconds)
     later = [(phase, done, s) for phase, s in seconds.items() if phase.endswith(OVERLAPPED)]
     # Sums of floats differ in their last bits, whole phases do not.
-    if math.fsum(s for _, s in phases) <= done * (1 + 1e-9):
-        return {name: _in_turn(phases) + later}
-    link = [("download", 0.0, seconds["download"]), ("upload", done - seconds["upload"], seconds["upload"])]
-    work = _in_turn([(phase, s) for phase, s in phases if phase not in _LINK])
+    if math.fsum(s for _, s in phases) <= _uploaded(seconds) * (1 + 1e-9):
+        return {name: _in_turn(phases, start) + later}
+    link = [("download", start, seconds["download"]), ("upload", done - seconds["upload"], seconds["upload"])]
+    work = _in_turn([(phase, s) for phase, s in phases if phase not in _LINK], start)
     return {f"{name}, link": link, f"{name}, work": work + later}
 
 
-def _in_turn(phases: Sequence[tuple[str, float]]) -> list[Stretch]:
-    stretches, now = [], 0.0
+def _in_turn(phases: Sequence[tuple[str, float]], start: float) -> list[Stretch]:
+    stretches, now = [], start
     for phase, seconds in phases:
         stretches.append((phase, now, seconds))
         now += seconds

@@ -1,7 +1,7 @@
 """Check an experiment before it is run: clients, parameters, bytes and memory."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -71,6 +71,8 @@ class CheckReport:
     """Questions that models are asked outside the clients' tasks; None where nothing is."""
     clock: PredictedClock | None = None
     """Simulated seconds of the first round; None without a clock."""
+    under_way_bytes: int | None = None
+    """Most bytes on disk of uploads under way and of what they began from; None where rounds wait for all."""
     process_bytes: int | None = None
     """Largest plan of a client's process in the first round; None where clients are resident."""
     roles: Mapping[str, PredictedRole] = field(default_factory=dict)
@@ -140,13 +142,12 @@ class CheckReport:
         return terminal_table(make_table(caption, ["parameters", "number", "share"], rows))
 
     def _cost_table(self) -> RenderableType:
-        both = sum(one.upload + one.download for one in self.bytes) * self.num_rounds
         rows = []
         for direction in ("upload", "download"):
             sizes = [getattr(one, direction) for one in self.bytes]
             least = f"{min(sizes):,} to " if min(sizes) < max(sizes) else ""
             rows.append([f"{direction}, one client, one round", f"{least}{max(sizes):,} bytes"])
-        rows.append([f"both, {self.cohort_size} clients, {self.num_rounds} rounds", f"{both:,} bytes"])
+        rows.append(self._both_row())
         for name in (*MEMORY_PARTS, "total"):
             about = "about " if name in ("activations", "total") else ""
             rows.append([f"memory: {name}", f"{about}{getattr(self.memory, name) / 2**20:,.1f} MiB"])
@@ -156,6 +157,9 @@ class CheckReport:
             planned = f"about {self.process_bytes / 2**20:,.1f} MiB"
             rows.append(["memory of a client's process, planned", planned])
         rows.append(["memory of the server", f"{self.server_bytes / 2**20:,.1f} MiB"])
+        if self.under_way_bytes is not None:
+            at_most = f"at most {self.under_way_bytes / 2**20:,.1f} MiB"
+            rows.append(["uploads under way, on the server's disk", at_most])
         if self.quantised:
             rows.append(["experts in few bits", self.quantised])
         if self.retention is not None:
@@ -169,6 +173,16 @@ class CheckReport:
             "(docs/planning.md)"
         )
         return terminal_table(make_table(caption, ["predicted", "amount"], rows))
+
+    def _both_row(self) -> list[str]:
+        sizes = [one.upload + one.download for one in self.bytes]
+        steps = self.clock.steps if self.clock else None
+        if steps is None:
+            who, both = f"{self.cohort_size} clients", sum(sizes) * self.num_rounds
+            return [f"both, {who}, {self.num_rounds} rounds", f"{both:,} bytes"]
+        counts = steps.uploads_by_client.values()
+        both = sum(size * count for size, count in zip(sizes, counts, strict=True))
+        return [f"both, {sum(counts):,} uploads, {self.num_rounds} rounds", f"{both:,} bytes"]
 
     def warnings(self) -> list[str]:
         """Return a sentence for each client that cannot train, or that nothing can be scored for."""
@@ -216,6 +230,7 @@ class CheckReport:
             "memory_bytes": asdict(self.memory) | {"total": self.memory.total},
             "server_memory_bytes": self.server_bytes,
             "process_memory_bytes": self.process_bytes,
+            **({} if self.under_way_bytes is None else {"under_way_bytes": self.under_way_bytes}),
             **({"roles": {name: asdict(role) for name, role in self.roles.items()}} if self.roles else {}),
             "retention": None if self.retention is None else asdict(self.retention),
             **({} if self.privacy is None else {"privacy": dict(self.privacy)}),
@@ -233,6 +248,8 @@ def check_experiment(config: RunConfig) -> CheckReport:
         is_on_disk = config.transport.clients == "process"
         if is_on_disk:
             refuse_processes(bench)
+        if config.asynchronous:
+            config.asynchronous.refuse_too_few(len(bench.data.client_ids))
         runtime, algorithm, parts = (
             bench.scorer(PersonalStore(Path(os.devnull))).runtime,
             bench.algorithm,
@@ -279,6 +296,7 @@ def check_experiment(config: RunConfig) -> CheckReport:
                 server_bytes=algorithm.server_bytes(state) + _held_uploads(config, parts, state, cohort),
                 quantised=quantised_experts(parts.model),
                 clock=predict_clock(bench, runtime, trained, predicted, memory.total),
+                under_way_bytes=_under_way_bytes(config, state, predicted.values()),
                 process_bytes=process_bytes,
                 roles=roles,
                 privacy=privacy,
@@ -290,6 +308,15 @@ def _held_uploads(config: RunConfig, parts: ModelParts, state: ServerState, coho
         return 0
     expected = (config.algorithm.expected(parts, state, client_id) for client_id in cohort)
     return sum(num_bytes(one.tensors) for one in expected)
+
+
+def _under_way_bytes(
+    config: RunConfig, state: ServerState, predicted: Collection[PredictedBytes]
+) -> int | None:
+    if config.asynchronous is None:
+        return None
+    most = config.asynchronous.concurrency or len(state.clients)
+    return most * (max(one.upload for one in predicted) + num_bytes(state.tensors))
 
 
 def _retention_row(asked: PredictedRetention) -> list[str]:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from fedexperts.costs.privacy import describe_privacy
 from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.errors import UserError
 from fedexperts.evaluation.retention import RETENTION_SCORES
+from fedexperts.federation.asynchronous import AsynchronousFederation
 from fedexperts.federation.checkpoint import (
     Checkpoint,
     drop_unfinished_round,
     load_checkpoint,
     save_checkpoint,
+    state_name,
 )
 from fedexperts.federation.clock import Clock
 from fedexperts.federation.edge import evaluation_refusal
@@ -31,6 +34,7 @@ from fedexperts.federation.rounds import Federation, RoundRecord, as_counts
 from fedexperts.federation.runtime import ClientRuntime, Watcher
 from fedexperts.federation.scoring import HASH, SUBJECTS, UNTOLD, Scorer, hash_of, metric_names, table_of
 from fedexperts.federation.transport import Transport
+from fedexperts.federation.under_way import UploadFolder
 from fedexperts.integrity import check_resumable
 from fedexperts.messages import Upload
 from fedexperts.models.held_experts import quantised_experts
@@ -242,7 +246,16 @@ class ServerRun:
     def _federation(self) -> Federation:
         config, parts = self.config, self.scorer.runtime.parts
         is_measured = config.transport.clients == "process"
-        return Federation(
+        make: Callable[..., Federation] = Federation
+        if config.asynchronous:
+            config.asynchronous.refuse_too_few(len(self.transport.clients))
+            make = partial(
+                AsynchronousFederation,
+                asynchronous=config.asynchronous,
+                folder=UploadFolder(path=self.directory.under_way),
+                states=lambda round_number: self.directory.state / state_name(round_number),
+            )
+        return make(
             algorithm=config.algorithm,
             parts=parts,
             memory_plan=config.algorithm.memory_plan(parts) if is_measured else None,
@@ -280,8 +293,8 @@ class ServerRun:
         if clock and lines:
             clock.now = lines[-1]["simulated"]["end"]
 
-    def _before_round(self, round_number: int, cohort: Sequence[str]) -> None:
-        self.progress.round_started(round_number, len(cohort))
+    def _before_round(self, round_number: int, num_uploads: int) -> None:
+        self.progress.round_started(round_number, num_uploads)
 
     def _after_round(self, federation: Federation) -> Callable[[Checkpoint, RoundRecord], None]:
         def after_round(reached: Checkpoint, record: RoundRecord) -> None:

@@ -133,8 +133,12 @@ def _bytes_alone(line: Json) -> Json:
 
 
 def _seal(run: RunDirectory, clients: Collection[str]) -> None:
-    """Write the checkpoint with the new hashes, and delete the states before it, which need what is gone."""
+    """Write the checkpoint with the new hashes, and delete the states before it, which need what is gone.
+
+    Uploads that are under way, and what they began from, go too: the run is not gone on with.
+    """
     record = read_record(run.checkpoint)
+    own = {f"{run.state.name}/{record[part]}" for part in ("state", "beside")}
     facts = [
         own | {"num_train": 0, "memory_bytes": 0} if own["client_id"] in clients else own
         for own in record["clients"]
@@ -143,10 +147,12 @@ def _seal(run: RunDirectory, clients: Collection[str]) -> None:
         "clients": facts,
         "kept_rounds": _without(record["kept_rounds"], clients),
         "logs": {path.name: growing.seal() for path, growing in run.log_hashes.items()},
+        "files": {name: seal for name, seal in record["files"].items() if name in own or "/" not in name},
         "forgotten": sorted({*record.get("forgotten", []), *clients}),
     }
-    drop_states(run, record["round"], keep_states=1)
+    changed.pop("under_way", None)
     write_sealed(run.state_record(record["round"]), changed)
+    drop_states(run, record["round"], keep_states=1)
     write_atomically(run.checkpoint, run.state_record(record["round"]).read_bytes())
 
 

@@ -16,6 +16,7 @@ from fedexperts.federation.fencing import first_in_time
 from fedexperts.federation.runtime import ClientRuntime
 from fedexperts.report.tables import make_table
 from fedexperts.report.terminal import terminal_table
+from fedexperts.running.predicted_steps import PredictedSteps, predict_steps
 from fedexperts.running.workbench import Workbench
 
 _PHASES = {"wait": " ", "download": "↓", MAIN_PHASE: "█", "upload": "↑"}
@@ -40,6 +41,8 @@ class PredictedClock:
     """Clients of the first round whose uploads come after ``transport.round_seconds``."""
     short_of_memory: Mapping[str, str]
     """Device of each client of the first round on which one turn takes more memory than there is."""
+    steps: PredictedSteps | None = None
+    """All steps of an asynchronous server, of which the seconds above are; None where rounds wait."""
 
     def rows(self) -> list[list[str]]:
         """Return what a table of predicted costs says."""
@@ -47,6 +50,7 @@ class PredictedClock:
         return [
             ["simulated time of a round", f"about {self.round_seconds:,.3g} s, {last}"],
             ["simulated time of all rounds", f"about {self.run_seconds:,.3g} s"],
+            *(self.steps.rows() if self.steps else []),
         ]
 
     def time_line(self) -> RenderableType:
@@ -56,18 +60,23 @@ class PredictedClock:
             [client_id, *(f"{own.get(phase, 0.0):,.3g}" for phase in phases), self._bar(own)]
             for client_id, own in self.phases_by_client.items()
         ]
-        titles = ["client", *(f"{_PHASES[phase]} {phase}" for phase in phases), "until the round ends"]
+        end = "until the longest turn ends" if self.steps else "until the round ends"
+        titles = ["client", *(f"{_PHASES[phase]} {phase}" for phase in phases), end]
         caption = "Time line of the first round, simulated; work beside local steps comes on top"
         return terminal_table(make_table(caption, titles, rows))
 
     def _bar(self, seconds: Mapping[str, float]) -> str:
-        """Return a turn's phases in proportion to the round; dots from its upload to the round's end."""
+        """Return a turn's phases in proportion to the round; dots from its upload to the round's end.
+
+        Where rounds do not wait, the longest turn stands for the round.
+        """
+        longest = max(self.seconds_by_client.values()) if self.steps else self.round_seconds
         done, drawn, bar = 0.0, 0, ""
         # Where link and work run side by side, phases sum up to more than the turn lasts.
         scale = seconds["total"] / (sum(s for p, s in seconds.items() if p != "total") or 1.0)
         for phase, letter in _PHASES.items():
             done += seconds.get(phase, 0.0) * scale
-            reached = round(_BAR * done / (self.round_seconds or 1.0))
+            reached = round(_BAR * done / (longest or 1.0))
             bar, drawn = bar + letter * (reached - drawn), reached
         return bar.ljust(_BAR, "·")
 
@@ -112,17 +121,17 @@ def predict_clock(
         for client_id, sizes in bytes_by_client.items()
     }
     turns = {client_id: clock.foreseen(**turn) for client_id, turn in asked.items()}
-    waits = config.transport.name == "inprocess"
-    wanted, limit = (config.cohort.wanted, config.transport.round_seconds) if waits else (0, 0.0)
-    totals = {client_id: told["total"] for client_id, told in turns.items()}
-    in_time = first_in_time(totals, clock, wanted=wanted, limit=limit)
-    for client_id in in_time[: wanted or None]:
-        clock.turn(**asked[client_id])
-    first, names = clock.end_round(), clock.describe()["devices"]
+    totals, names = (
+        {client_id: told["total"] for client_id, told in turns.items()},
+        clock.describe()["devices"],
+    )
+    steps = predict_steps(config.asynchronous, clock, asked, config.rounds) if config.asynchronous else None
+    in_time, first = (list(turns), steps.first) if steps else _first_round(config, clock, asked, totals)
+    round_seconds = first["seconds"]["total"]
     return PredictedClock(
-        round_seconds=first["seconds"]["total"],
-        run_seconds=first["seconds"]["total"] * config.rounds,
-        seconds_by_client={client_id: told["total"] for client_id, told in turns.items()},
+        round_seconds=round_seconds,
+        run_seconds=steps.run_seconds if steps else round_seconds * config.rounds,
+        seconds_by_client=totals,
         phases_by_client=turns,
         slowest=first["slowest"],
         late=tuple(client_id for client_id in turns if client_id not in in_time),
@@ -131,7 +140,23 @@ def predict_clock(
             for client_id in bytes_by_client
             if bench.devices[client_id].memory_bytes < turn_bytes
         },
+        steps=steps,
     )
+
+
+def _first_round(
+    config: RunConfig,
+    clock: Clock,
+    asked: Mapping[str, Mapping[str, Any]],
+    totals: Mapping[str, float],
+) -> tuple[list[str], Mapping[str, Any]]:
+    """Return whose uploads come in time in a round that waits, and the clock's figures of it."""
+    waits = config.transport.name == "inprocess"
+    wanted, limit = (config.cohort.wanted, config.transport.round_seconds) if waits else (0, 0.0)
+    in_time = first_in_time(totals, clock, wanted=wanted, limit=limit)
+    for client_id in in_time[: wanted or None]:
+        clock.turn(**asked[client_id])
+    return in_time, clock.end_round()
 
 
 def _turn(client_id: str, sizes: PredictedBytes, step: PhaseWork, config: RunConfig) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class Workbench:
             memory_bytes=self.memory_bytes,
             devices=self.devices,
             keep_states=self.config.keep_states,
+            num_older=2 if self.config.asynchronous else 1,
             privacy=self.config.privacy,
         )
         runtime = ClientRuntime(self.parts, self.format, self.data, self.algorithm, settings, store, watcher)
