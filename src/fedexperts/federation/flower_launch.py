@@ -14,7 +14,7 @@ import time
 import tomllib
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,12 @@ class FlowerLink:
     """Environment in which Flower's programs know it."""
     sites: Mapping[str, int]
     """Node id of each site's key, by the site's name."""
+    is_up: Callable[[], bool]
+    """Return whether it is still there."""
+
+
+class ServerLostError(UserError):
+    """The server app ended, and left no reason and no result: it, or the SuperLink, was killed."""
 
 
 def run_with_flower(
@@ -220,15 +226,17 @@ def _submit(
     except BaseException:
         flwr.stop(listener.run_id, connection)
         raise
-    if listener.failure or not run.result.exists():
-        raise UserError(listener.failure or _lost(run, listener))
+    if listener.failure:
+        raise UserError(listener.failure)
+    if not run.result.exists():
+        raise _lost(run, listener)
 
 
-def _lost(run: RunDirectory, listener: "_Listener") -> str:
+def _lost(run: RunDirectory, listener: "_Listener") -> UserError:
     """Return in a sentence that there is no result: the server app was lost, or never began."""
     if not listener.run_id:
-        return f"Flower did not take the run: {_in_one_line(listener.tail)}"
-    return (
+        return UserError(f"Flower did not take the run: {_in_one_line(listener.tail)}")
+    return ServerLostError(
         f"the server's process in Flower ended before the run had finished; {run.path / 'flower.log'} has "
         f"what Flower logged. Finished rounds are kept: --resume {run.path} goes on after them"
     )

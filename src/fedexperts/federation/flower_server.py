@@ -63,11 +63,12 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory, keys: Mapping[int, s
 
 
 def _patience(config: RunConfig) -> Patience:
-    """Return how long to wait, and for how many uploads where more clients are asked than count."""
+    """Return how long to wait, and for whom."""
     return Patience(
         answer_seconds=config.transport.timeout_seconds,
         round_seconds=config.transport.round_seconds,
         wanted=config.cohort.wanted,
+        needs_all=config.cohort.on_failure == "stop",
     )
 
 

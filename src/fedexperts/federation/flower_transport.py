@@ -43,8 +43,19 @@ POLLS_PER_SWEEP = 10
 """The answer that is next in order is asked for at every poll, the later ones at every so many: those that
 are there are taken in before Flower drops them."""
 
-NODE_UNAVAILABLE = 5
-"""Flower's code of the error that stands for the answer of a node that is gone."""
+LOST = {
+    3: "its answer was lost: ",
+    4: "its answer was lost: ",
+    5: "its node is no longer connected: ",
+    8: "its turn was killed: ",
+}
+"""What Flower's codes of errors mean that stand for the answer of a node which may come back."""
+
+NOT_CONNECTED = "its node is not connected"
+
+MOST_LOSSES = 5
+"""Times that one download may be lost with its node; a turn that kills the node each time is not asked for
+for ever."""
 
 FIRST_SAID_SECONDS = 5.0
 """Seconds after which sites that are not connected are named for the first time."""
@@ -65,6 +76,8 @@ class Patience:
     """Deadline of a training round; 0 for none."""
     wanted: int = 0
     """Uploads of a training round after which no other is waited for; 0 to wait for all."""
+    needs_all: bool = False
+    """Whether a client whose node is lost is waited for, as for its answer; else it has failed at once."""
 
 
 @dataclass(kw_only=True)
@@ -72,8 +85,7 @@ class _Sent:
     """One download on its way, and its answer once it is there."""
 
     client_id: str
-    is_training: bool
-    largest: int
+    download: Download
     message_id: str = ""
     num_bytes: int = 0
     at: float
@@ -81,6 +93,9 @@ class _Sent:
     """Time after which its answer does not count."""
     answered: float = 0.0
     failure: str = ""
+    lost: str = ""
+    """Why the client has to be asked again, as soon as it is back; empty while its answer may come."""
+    num_losses: int = 0
     fenced: str = ""
     blobs: list[Callable[[], bytes]] = field(default_factory=list)
     """Answers that came: one, unless a client sends more."""
@@ -88,6 +103,14 @@ class _Sent:
     @property
     def is_settled(self) -> bool:
         return bool(self.blobs or self.failure)
+
+    @property
+    def is_training(self) -> bool:
+        return self.download.task == "train"
+
+
+class _NodeLostError(UserError):
+    """A node has gone with the message that it was to answer."""
 
 
 class FlowerTransport:
@@ -113,6 +136,7 @@ class FlowerTransport:
         self._timeout, self._spool_folder = patience.answer_seconds, spool_folder
         self._clock, self._pause = clock, pause
         self._nodes: dict[str, Node] = {}
+        self._strangers, self._gone = set[int](), set[int]()
 
     @property
     def clients(self) -> tuple[ClientFacts, ...]:
@@ -160,32 +184,26 @@ class FlowerTransport:
     def _send(
         self, client_id: str, node_id: int, download: Download, online: Collection[int], started: float
     ) -> _Sent:
-        at, is_training = self._clock(), download.task == "train"
+        at = self._clock()
         deadline = at + self._patience.answer_seconds
-        if is_training and self._patience.round_seconds:
+        if download.task == "train" and self._patience.round_seconds:
             deadline = min(deadline, started + self._patience.round_seconds)
-        sent = _Sent(
-            client_id=client_id,
-            is_training=is_training,
-            largest=download.largest_answer,
-            at=at,
-            deadline=deadline,
-        )
+        sent = _Sent(client_id=client_id, download=download, at=at, deadline=deadline)
         if node_id not in online:
-            sent.failure = "its node is not connected"
+            self._lose(sent, NOT_CONNECTED)
         elif at >= deadline:
             self._give_up(sent)
         else:
-            self._push(sent, node_id, download)
+            self._push(sent, node_id)
         return sent
 
-    def _push(self, sent: _Sent, node_id: int, download: Download) -> None:
-        blob = encode_download(download)
+    def _push(self, sent: _Sent, node_id: int) -> None:
+        download, blob = sent.download, encode_download(sent.download)
         message = Message(
             pack(blob),
             node_id,
             "train",
-            ttl=sent.deadline - sent.at + GRACE_SECONDS,
+            ttl=sent.deadline - self._clock() + GRACE_SECONDS,
             group_id=f"{download.task} {download.round_number}",
         )
         message_ids = list(self._grid.push_messages([message]))
@@ -224,6 +242,9 @@ class FlowerTransport:
         return sent.is_settled
 
     def _give_up(self, sent: _Sent) -> None:
+        if sent.lost:
+            sent.failure, sent.lost = sent.lost, ""
+            return
         patience = self._patience
         is_round = sent.deadline < sent.at + patience.answer_seconds
         key, value = (
@@ -238,17 +259,62 @@ class FlowerTransport:
 
         With ``spool`` the answer waits on disk. One that is too large is dropped at once.
         """
-        if sent.is_settled:
+        if sent.lost:
+            self._ask_again(sent)
+        if sent.lost or sent.is_settled:
             return
         for reply in self._grid.pull_messages([sent.message_id]):
             sent.answered = self._clock()
             try:
                 blob = _blob(reply)
-                refuse_large(len(blob), sent.largest)
+                refuse_large(len(blob), sent.download.largest_answer)
+            except _NodeLostError as error:
+                self._lose(sent, str(error))
             except Exception as error:
                 sent.failure = sent.failure or failure_of(error).failure
             else:
                 sent.blobs.append(spool.keep(blob) if spool else partial(bytes, blob))
+
+    def _lose(self, sent: _Sent, reason: str) -> None:
+        """Wait for a client that is lost until it is back, where all are needed; else it has failed."""
+        sent.num_losses += 1
+        is_known = sent.client_id in self._nodes
+        if not is_known:
+            self._gone.add(int(sent.client_id))
+        if is_known and self._patience.needs_all and sent.num_losses < MOST_LOSSES:
+            sent.lost = reason
+            logger.warning("waiting for client %s: %s", sent.client_id, reason)
+        else:
+            sent.failure = reason
+
+    def _ask_again(self, sent: _Sent) -> None:
+        """Send a download once more as soon as its client is there, maybe as another node."""
+        online = frozenset(self._grid.get_node_ids())
+        if self._nodes[sent.client_id].node_id not in online:
+            self._take_back(online)
+        node = self._nodes[sent.client_id]
+        if node.node_id in online:
+            sent.lost = ""
+            logger.info("client %s is back and is asked again", sent.client_id)
+            self._push(sent, node.node_id)
+
+    def _take_back(self, online: Collection[int]) -> None:
+        """Ask nodes that are new who they are; one may be a client whose node is gone."""
+        there = {name: node for name, node in self._nodes.items() if node.node_id in online}
+        known = self._strangers.union(node.node_id for node in there.values())
+        sites = self._sites or Sites(number=len(self._nodes))
+        for node_id in sorted(one for one in online if one not in known and sites.may_ask(one)):
+            try:
+                for node in self._identify([node_id]):
+                    reason = sites.refusal(node_id, node.client_id, there)
+                    if node.client_id in self._nodes and not reason:
+                        self._nodes[node.client_id] = there[node.client_id] = node
+                    else:
+                        self._strangers.add(node_id)
+                        logger.warning("Flower node %d is refused: %s", node_id, reason or "it is no client")
+            except UserError as error:
+                self._strangers.add(node_id)
+                logger.warning("%s", error)
 
     def _deliveries(self, sent: _Sent) -> Iterator[Delivery]:
         """Yield the answer, whatever came, and further ones of a training round, which do not count."""
@@ -257,7 +323,7 @@ class FlowerTransport:
             return
         blobs = sent.blobs if sent.is_training else sent.blobs[:1]
         while blobs:
-            yield self._delivery(sent, *read_answer(blobs.pop(0), sent.largest))
+            yield self._delivery(sent, *read_answer(blobs.pop(0), sent.download.largest_answer))
 
     def _delivery(self, sent: _Sent, upload: Upload, num_bytes: int) -> Delivery:
         busy = math.fsum(upload.seconds.values())
@@ -278,8 +344,7 @@ class FlowerTransport:
                 raise UserError(
                     f"{count_of(found.values())} joined within transport.timeout_seconds = {self._timeout:g}"
                 )
-            new = sorted(set(self._grid.get_node_ids()) - asked)
-            asked.update(new)
+            new = self._new(asked)
             for node in self._identify(new):
                 if node.position in found:
                     raise UserError(
@@ -302,8 +367,7 @@ class FlowerTransport:
                     f"{len(found)} of {sites.number} sites joined within transport.timeout_seconds = "
                     f"{self._timeout:g} (joined: {joined}; not connected: {sites.missing(found)})"
                 )
-            new = sorted(node_id for node_id in self._grid.get_node_ids() if node_id not in asked)
-            asked.update(new)
+            new = self._new(asked)
             if not new and self._clock() >= said:
                 said = self._clock() + SAID_SECONDS
                 logger.warning("waiting for %s", sites.missing(found))
@@ -318,11 +382,21 @@ class FlowerTransport:
         refuse_mixed_counts(found)
         return {name: found[name] for name in sorted(found)}
 
+    def _new(self, asked: set[int]) -> list[int]:
+        """Return, and add to those asked, nodes that are there and were not asked, or were lost since."""
+        asked -= self._gone
+        self._gone.clear()
+        new = sorted(set(self._grid.get_node_ids()) - asked)
+        asked.update(new)
+        return new
+
     def _identify(self, node_ids: Iterable[int]) -> Iterator[Node]:
         question = Download(round_number=0, task=IDENTIFY, config_sha256=self._config_sha256)
         asked = tuple(node_ids)
         for answer in self._exchange(((str(node_id), node_id, question) for node_id in asked), asked):
             node_id = int(answer.client_id)
+            if node_id in self._gone:
+                continue
             if answer.upload.failure:
                 name = self._sites.keys.get(node_id, "") if self._sites else ""
                 told = f"site {name} (Flower node {node_id})" if name else f"Flower node {node_id}"
@@ -338,5 +412,6 @@ def _blob(reply: Message) -> bytes:
     if not reply.has_error():
         return unpack(reply.content)
     reason = " ".join((reply.error.reason or "no reason given").split())
-    lost = "its node is no longer connected: " if reply.error.code == NODE_UNAVAILABLE else ""
-    raise UserError(f"{lost}Flower error {reply.error.code}: {reason[:500]}")
+    told = f"Flower error {reply.error.code}: {reason[:500]}"
+    lost = LOST.get(reply.error.code)
+    raise _NodeLostError(f"{lost}{told}") if lost else UserError(told)
