@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from fedexperts.config.load import resolved_toml
@@ -29,9 +30,58 @@ class Point:
     event: str
     place: str
     """End of the file's path, or the module."""
-    at: str = SERVER_APP
+    at: str = ""
+    """Program that is about to do it."""
     after: str = ""
     """A file that must be there already, by its pattern in the deployment's folder."""
+
+
+def committed(round_number):
+    """The file that says that a round counts; the round after it is under way while the file is there."""
+    return f"run/state/checkpoint-round-{round_number:05d}.json"
+
+
+def named(number, what):
+    return f"{what}-round-{number:05d}.safetensors"
+
+
+def points_of_run(at, first, trained):
+    """Twenty moments of a run of three rounds, from an import to the result, in what writes it.
+
+    ``first`` is a module that is imported at the start; the files of ``trained`` are written by a client in
+    its turn of a round.
+    """
+    start = [
+        Point("import", first),
+        Point("os.rename", "run/environment.json"),
+        Point("os.rename", "run/base.json"),
+        Point("os.rename", named(0, "run/state/state")),
+        Point("os.rename", "run/checkpoint.json"),
+    ]
+    rounds = [
+        (
+            Point("os.rename", named(number, "personal"), at=trained),
+            Point("open", "run/clients.jsonl", after=committed(number - 1)),
+            Point("open", "run/rounds.jsonl", after=committed(number - 1)),
+            Point("os.rename", "run/checkpoint.json", after=committed(number)),
+            Point("os.remove", named(number - 1, "run/state/state")),
+        )
+        for number in (1, 2, 3)
+    ]
+    points = [*[*start, *chain(*rounds)][:19], Point("os.rename", "run/result.json")]
+    return [replace(point, at=point.at or at) for point in points]
+
+
+def deadly(folder):
+    """Environment of processes that die as ``folder`` has plans for it."""
+    path = os.pathsep.join([str(DEADLY), str(Path(__file__).parents[2] / "src")])
+    return {**os.environ, "DEADLY_FOLDER": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def plan(folder, name, point, kill):
+    """Let ``kill`` die at a point, as soon as it comes."""
+    (folder / f"plan-{name}.part").write_text(json.dumps(vars(point) | {"kill": kill}))
+    (folder / f"plan-{name}.part").rename(folder / f"plan-{name}.json")
 
 
 @dataclass
@@ -43,7 +93,6 @@ class Deployment:
     programs: dict = field(default_factory=dict)
     """Running programs of the users, by name."""
     num_starts: dict = field(default_factory=dict)
-    killed: list = field(default_factory=list)
 
     @property
     def run(self):
@@ -51,14 +100,11 @@ class Deployment:
 
     def start(self, name):
         command = [sys.executable, "-m", "fedexperts", *self.arguments(name)]
-        environment = {**os.environ, "DEADLY_FOLDER": str(self.folder), "OMP_NUM_THREADS": "1"}
-        source = str(Path(__file__).parents[2] / "src")
-        environment["PYTHONPATH"] = os.pathsep.join([str(DEADLY), source])
         with (self.folder / f"{name}.log").open("a") as log:
             self.programs[name] = subprocess.Popen(
                 command,
                 cwd=self.folder,
-                env=environment,
+                env=deadly(self.folder),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -75,21 +121,14 @@ class Deployment:
         site = ["--data", f"{name}.jsonl", "--folder", f"site-{name}", "--keys", f"keys/{name}"]
         return ["site", "--server", address, *site, 'tell=["counts"]']
 
-    def plan(self, name, point, kill):
-        """Let ``kill`` die at a point, as soon as it comes."""
-        told = vars(point) | {"kill": kill}
-        (self.folder / f"plan-{name}.part").write_text(json.dumps(told))
-        (self.folder / f"plan-{name}.part").rename(self.folder / f"plan-{name}.json")
-
     def go_on(self, plans, seconds):
-        """Take each queue of plans one after the other; start again what has ended, until there is a result."""
+        """Take each queue of plans in order; start again what has ended, until there is a result."""
         deadline, queues = time.monotonic() + seconds, {name: list(plans[name]) for name in plans}
         while self.programs["server"].poll() != 0:
             assert time.monotonic() < deadline, self.last_words()
             for name, queue in queues.items():
                 if queue and not (self.folder / f"plan-{name}.json").exists():
-                    self.killed.append((name, time.monotonic()))
-                    self.plan(name, *queue.pop(0))
+                    plan(self.folder, name, *queue.pop(0))
             for name, process in list(self.programs.items()):
                 if process.poll() not in (None, 0):
                     self.start(name)
@@ -108,7 +147,7 @@ class Deployment:
         found = {name: result[name] for name in names}
         for place in (self.run, *(next((self.folder / f"site-{site}" / "runs").iterdir()) for site in SITES)):
             lines = read_lines(place / "rounds.jsonl")
-            found[f"losses of {place.name}{place.parts[-3]}"] = [
+            found[f"losses at {place.relative_to(self.folder).parts[0]}"] = [
                 (line["round"], line["train_loss"]) for line in lines
             ]
         return found

@@ -6,7 +6,8 @@ from flwr.app.error import Error
 from test_flower_transport import HASH, ids, node, train, transport
 
 from fedexperts.federation.flower_nodes import Sites
-from fedexperts.federation.flower_transport import IDENTIFY, MOST_LOSSES, FlowerTransport, Patience
+from fedexperts.federation.flower_sent import Patience
+from fedexperts.federation.flower_transport import IDENTIFY, MOST_LOSSES, FlowerTransport
 from fedexperts.federation.wire import pack, unpack
 from fedexperts.messages import Upload, decode_download, encode_upload
 
@@ -105,7 +106,9 @@ def test_a_message_that_is_sent_again_lives_no_longer_than_the_first():
     del grid.nodes[6]
     grid.clock.at(20.0, grid, {5: node(0), 6: node(1), 7: node(2)})
     list(carried.exchange(train(ids(carried))))
-    assert grid.pushed[-1].metadata.ttl == pytest.approx(50.0, abs=0.2), "60 s for the answer, and 10 of grace"
+    assert grid.pushed[-1].metadata.ttl == pytest.approx(50.0, abs=0.2), (
+        "60 s for the answer, and 10 of grace"
+    )
 
 
 def test_a_client_that_is_killed_while_it_says_who_it_is_is_asked_again():
@@ -137,4 +140,3 @@ def test_only_the_key_of_a_site_gives_its_place_back():
     (_, delivery) = carried.exchange(train(ids(carried)))
     assert delivery.upload.failure == "its node is not connected"
     assert 99 not in [message.metadata.dst_node_id for message in grid.pushed]
-

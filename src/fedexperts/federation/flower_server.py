@@ -4,6 +4,7 @@ import json
 import logging
 import tomllib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from flwr.app import Context
@@ -16,7 +17,8 @@ from fedexperts.data.federated import no_data
 from fedexperts.errors import UserError
 from fedexperts.federation.flower_events import FAILED, WarningsSaid, said_progress, say
 from fedexperts.federation.flower_nodes import Sites
-from fedexperts.federation.flower_transport import FlowerTransport, Patience
+from fedexperts.federation.flower_sent import Patience
+from fedexperts.federation.flower_transport import FlowerTransport
 from fedexperts.run_directory import RunDirectory
 from fedexperts.running.experiment import ServerRun, environment_of
 from fedexperts.running.workbench import open_workbench, personal_store
@@ -46,8 +48,11 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory, keys: Mapping[int, s
     ``keys`` has the name of each site by the node id of its key.
     """
     progress, stopwatch = said_progress(), Stopwatch()
-    progress.phase("loading the server's model")
-    with run.lock(), open_workbench(config, stopwatch, data=no_data()) as bench:
+    with ExitStack() as stack:
+        stack.enter_context(run.lock())
+        # Said under the lock: from here on whoever has submitted the run sees by the lock that it goes on.
+        progress.phase("loading the server's model")
+        bench = stack.enter_context(open_workbench(config, stopwatch, data=no_data()))
         scorer = bench.scorer(personal_store(run.path))
         write_sealed(run.environment, environment_of(bench) | _simulated(config))
         transport = FlowerTransport(

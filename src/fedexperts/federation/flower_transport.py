@@ -5,7 +5,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +23,10 @@ from fedexperts.federation.flower_nodes import (
     node_of,
     refuse_mixed_counts,
 )
+from fedexperts.federation.flower_sent import NodeLostError, Patience, SentDownload, blob_of
 from fedexperts.federation.spool import Spool
 from fedexperts.federation.transport import Delivery, Finished
-from fedexperts.federation.wire import pack, unpack
+from fedexperts.federation.wire import pack
 from fedexperts.messages import Download, Upload, brings_tensors, encode_download
 
 logger = logging.getLogger(__name__)
@@ -43,14 +43,6 @@ POLLS_PER_SWEEP = 10
 """The answer that is next in order is asked for at every poll, the later ones at every so many: those that
 are there are taken in before Flower drops them."""
 
-LOST = {
-    3: "its answer was lost: ",
-    4: "its answer was lost: ",
-    5: "its node is no longer connected: ",
-    8: "its turn was killed: ",
-}
-"""What Flower's codes of errors mean that stand for the answer of a node which may come back."""
-
 NOT_CONNECTED = "its node is not connected"
 
 MOST_LOSSES = 5
@@ -64,53 +56,6 @@ SAID_SECONDS = 30.0
 
 GRACE_SECONDS = 10.0
 """A message lives so much longer than its answer is waited for: Flower must not be asked for a dead one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """Limits of a server's waiting."""
-
-    answer_seconds: float
-    """Longest wait until every client is there, and for one client's answer."""
-    round_seconds: float = 0.0
-    """Deadline of a training round; 0 for none."""
-    wanted: int = 0
-    """Uploads of a training round after which no other is waited for; 0 to wait for all."""
-    needs_all: bool = False
-    """Whether a client whose node is lost is waited for, as for its answer; else it has failed at once."""
-
-
-@dataclass(kw_only=True)
-class _Sent:
-    """One download on its way, and its answer once it is there."""
-
-    client_id: str
-    download: Download
-    message_id: str = ""
-    num_bytes: int = 0
-    at: float
-    deadline: float
-    """Time after which its answer does not count."""
-    answered: float = 0.0
-    failure: str = ""
-    lost: str = ""
-    """Why the client has to be asked again, as soon as it is back; empty while its answer may come."""
-    num_losses: int = 0
-    fenced: str = ""
-    blobs: list[Callable[[], bytes]] = field(default_factory=list)
-    """Answers that came: one, unless a client sends more."""
-
-    @property
-    def is_settled(self) -> bool:
-        return bool(self.blobs or self.failure)
-
-    @property
-    def is_training(self) -> bool:
-        return self.download.task == "train"
-
-
-class _NodeLostError(UserError):
-    """A node has gone with the message that it was to answer."""
 
 
 class FlowerTransport:
@@ -167,7 +112,7 @@ class FlowerTransport:
     def _exchange(
         self, items: Iterable[tuple[str, int, Download]], online: Collection[int]
     ) -> Iterator[Delivery]:
-        waiting, under_way, started = iter(items), deque[_Sent](), self._clock()
+        waiting, under_way, started = iter(items), deque[SentDownload](), self._clock()
         most = max(MOST_UNANSWERED, len(self._nodes) if self._patience.wanted else 0)
         with Spool(self._spool_folder) as spool:
             while True:
@@ -183,12 +128,12 @@ class FlowerTransport:
 
     def _send(
         self, client_id: str, node_id: int, download: Download, online: Collection[int], started: float
-    ) -> _Sent:
+    ) -> SentDownload:
         at = self._clock()
         deadline = at + self._patience.answer_seconds
         if download.task == "train" and self._patience.round_seconds:
             deadline = min(deadline, started + self._patience.round_seconds)
-        sent = _Sent(client_id=client_id, download=download, at=at, deadline=deadline)
+        sent = SentDownload(client_id=client_id, download=download, at=at, deadline=deadline)
         if node_id not in online:
             self._lose(sent, NOT_CONNECTED)
         elif at >= deadline:
@@ -197,7 +142,7 @@ class FlowerTransport:
             self._push(sent, node_id)
         return sent
 
-    def _push(self, sent: _Sent, node_id: int) -> None:
+    def _push(self, sent: SentDownload, node_id: int) -> None:
         download, blob = sent.download, encode_download(sent.download)
         message = Message(
             pack(blob),
@@ -211,7 +156,7 @@ class FlowerTransport:
         if not sent.message_id:
             sent.failure = "Flower did not take its download"
 
-    def _settle_first(self, under_way: Collection[_Sent], spool: Spool) -> None:
+    def _settle_first(self, under_way: Collection[SentDownload], spool: Spool) -> None:
         """Wait until enough uploads have come, or all that will; refuse the others as surplus."""
         wanted, open_ones, num_good = self._patience.wanted, list(under_way), 0
         while num_good < wanted and (open_ones := [sent for sent in open_ones if not sent.is_settled]):
@@ -224,7 +169,7 @@ class FlowerTransport:
             if not sent.is_settled:
                 sent.failure, sent.fenced = f"upload refused: the first {wanted} had come", "surplus"
 
-    def _await(self, first: _Sent, later: Iterable[_Sent], spool: Spool) -> None:
+    def _await(self, first: SentDownload, later: Iterable[SentDownload], spool: Spool) -> None:
         """Wait for the answer to ``first``, or until it is too late; take in what answers later ones."""
         polls = 0
         while not self._is_over(first):
@@ -234,14 +179,14 @@ class FlowerTransport:
                     self._pull(sent, spool)
             self._pause(POLL_SECONDS)
 
-    def _is_over(self, sent: _Sent, spool: Spool | None = None) -> bool:
+    def _is_over(self, sent: SentDownload, spool: Spool | None = None) -> bool:
         """Ask once for an answer; return whether it is there, or will not count any more."""
         self._pull(sent, spool)
         if not sent.is_settled and self._clock() >= sent.deadline:
             self._give_up(sent)
         return sent.is_settled
 
-    def _give_up(self, sent: _Sent) -> None:
+    def _give_up(self, sent: SentDownload) -> None:
         if sent.lost:
             sent.failure, sent.lost = sent.lost, ""
             return
@@ -254,7 +199,7 @@ class FlowerTransport:
         )
         sent.failure, sent.fenced = f"no answer within transport.{key} = {value:g}", "late"
 
-    def _pull(self, sent: _Sent, spool: Spool | None = None) -> None:
+    def _pull(self, sent: SentDownload, spool: Spool | None = None) -> None:
         """Ask for one message id at a time: of several, Flower would hold all answers that are there.
 
         With ``spool`` the answer waits on disk. One that is too large is dropped at once.
@@ -266,16 +211,16 @@ class FlowerTransport:
         for reply in self._grid.pull_messages([sent.message_id]):
             sent.answered = self._clock()
             try:
-                blob = _blob(reply)
+                blob = blob_of(reply)
                 refuse_large(len(blob), sent.download.largest_answer)
-            except _NodeLostError as error:
+            except NodeLostError as error:
                 self._lose(sent, str(error))
             except Exception as error:
                 sent.failure = sent.failure or failure_of(error).failure
             else:
                 sent.blobs.append(spool.keep(blob) if spool else partial(bytes, blob))
 
-    def _lose(self, sent: _Sent, reason: str) -> None:
+    def _lose(self, sent: SentDownload, reason: str) -> None:
         """Wait for a client that is lost until it is back, where all are needed; else it has failed."""
         sent.num_losses += 1
         is_known = sent.client_id in self._nodes
@@ -287,7 +232,7 @@ class FlowerTransport:
         else:
             sent.failure = reason
 
-    def _ask_again(self, sent: _Sent) -> None:
+    def _ask_again(self, sent: SentDownload) -> None:
         """Send a download once more as soon as its client is there, maybe as another node."""
         online = frozenset(self._grid.get_node_ids())
         if self._nodes[sent.client_id].node_id not in online:
@@ -316,7 +261,7 @@ class FlowerTransport:
                 self._strangers.add(node_id)
                 logger.warning("%s", error)
 
-    def _deliveries(self, sent: _Sent) -> Iterator[Delivery]:
+    def _deliveries(self, sent: SentDownload) -> Iterator[Delivery]:
         """Yield the answer, whatever came, and further ones of a training round, which do not count."""
         if not sent.blobs:
             yield self._delivery(sent, Upload(failure=sent.failure), 0)
@@ -325,7 +270,7 @@ class FlowerTransport:
         while blobs:
             yield self._delivery(sent, *read_answer(blobs.pop(0), sent.download.largest_answer))
 
-    def _delivery(self, sent: _Sent, upload: Upload, num_bytes: int) -> Delivery:
+    def _delivery(self, sent: SentDownload, upload: Upload, num_bytes: int) -> Delivery:
         busy = math.fsum(upload.seconds.values())
         return Delivery(
             client_id=sent.client_id,
@@ -405,13 +350,3 @@ class FlowerTransport:
             node = node_of(node_id, report if self._sites is None else {**ONE_OF_ONE, **report})
             logger.info("Flower node %d is %s", node.node_id, node.client_id)
             yield node
-
-
-def _blob(reply: Message) -> bytes:
-    """Return the bytes of an answer; raise UserError with the reason that Flower gives instead."""
-    if not reply.has_error():
-        return unpack(reply.content)
-    reason = " ".join((reply.error.reason or "no reason given").split())
-    told = f"Flower error {reply.error.code}: {reason[:500]}"
-    lost = LOST.get(reply.error.code)
-    raise _NodeLostError(f"{lost}{told}") if lost else UserError(told)

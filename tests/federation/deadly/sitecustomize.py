@@ -27,7 +27,7 @@ def place_of(event, arguments):
         return ""
     if event == "open" and not (arguments[1] or arguments[2] & (os.O_WRONLY | os.O_RDWR)):
         return ""
-    if event == "open" and arguments[1] and not set(arguments[1]) & set("wax+"):
+    if event == "open" and arguments[1] and not set(arguments[1]) & set("wax"):
         return ""
     path = os.fsdecode(arguments[PATHS[event]])
     return path if path.startswith(FOLDER) else ""
