@@ -17,7 +17,7 @@ from fedexperts.errors import UserError
 from fedexperts.federation.flower_launch import FlowerLink, ServerLostError
 from fedexperts.federation.flower_link import CONNECTION, open_link, parse_address
 from fedexperts.federation.site_settings import SiteSettings
-from fedexperts.run_directory import RunDirectory, name_at_sites, read_lines, write_atomically
+from fedexperts.run_directory import RunDirectory, name_at_sites, write_atomically
 from fedexperts.running.experiment import run_experiment
 from fedexperts.running.progress import Progress
 
@@ -68,10 +68,11 @@ def run_server(
                 try:
                     return run_experiment(config, run.path, progress=progress, resume=resume, link=link)
                 except ServerLostError:
-                    num_losses = 1 if len(read_lines(run.rounds)) > num_rounds else num_losses + 1
+                    reached = max(run.kept_rounds(), default=0)
+                    num_losses = 1 if reached > num_rounds else num_losses + 1
                     if num_losses == MOST_LOSSES:
                         raise
-                    num_rounds, resume = len(read_lines(run.rounds)), True
+                    num_rounds, resume = reached, True
                     lost = "process in Flower" if link.is_up() else "SuperLink"
                     logger.warning("the server's %s was killed; going on after round %d", lost, num_rounds)
 
