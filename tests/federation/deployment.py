@@ -63,8 +63,8 @@ def points_of_run(at, first, trained):
             Point("os.rename", named(number, "personal"), at=trained),
             Point("open", "run/clients.jsonl", after=committed(number - 1)),
             Point("open", "run/rounds.jsonl", after=committed(number - 1)),
+            Point("os.rename", named(number, "run/state/state")),
             Point("os.rename", "run/checkpoint.json", after=committed(number)),
-            Point("os.remove", named(number - 1, "run/state/state")),
         )
         for number in (1, 2, 3)
     ]
@@ -134,6 +134,9 @@ class Deployment:
                     self.start(name)
             time.sleep(0.05)
         assert not list(self.folder.glob("plan-*.json")), "a point did not come"
+        deaths = read_lines(self.folder / "deaths.jsonl")
+        assert len(deaths) == sum(map(len, plans.values()))
+        assert all(death["killed"] for death in deaths), deaths
 
     def last_words(self):
         logs = [self.folder / f"{name}.log" for name in self.programs]

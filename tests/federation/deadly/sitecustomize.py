@@ -66,8 +66,11 @@ def die(event, arguments):
             if is_there(plan, event, place):
                 path.rename(path.with_suffix(".done"))
                 doomed = [pid for pid, line in members() if any(is_one(line, one) for one in plan["kill"])]
+                with Path(FOLDER, "deaths.jsonl").open("a") as file:
+                    file.write(json.dumps({**plan, "killed": len(doomed)}) + "\n")
                 for pid in sorted(doomed, key=lambda pid: pid == os.getpid()):
-                    os.kill(pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
     _busy.clear()
 
 
