@@ -1,13 +1,21 @@
 """Clients whose node is lost: waited for where all are needed, asked again, and taken back under a new id."""
 
+import threading
+
 import pytest
 from flower_grid import Clock, InMemoryGrid
 from flwr.app.error import Error
 from test_flower_transport import HASH, ids, node, train, transport
 
+from fedexperts.federation import flower_transport
 from fedexperts.federation.flower_nodes import Sites
 from fedexperts.federation.flower_sent import Patience
-from fedexperts.federation.flower_transport import IDENTIFY, MOST_LOSSES, FlowerTransport
+from fedexperts.federation.flower_transport import (
+    GONE_SENDING,
+    IDENTIFY,
+    MOST_LOSSES,
+    FlowerTransport,
+)
 from fedexperts.federation.wire import pack, unpack
 from fedexperts.messages import Upload, decode_download, encode_upload
 
@@ -121,6 +129,29 @@ def test_a_client_that_is_killed_while_it_says_who_it_is_is_asked_again():
     carried = transport(InMemoryGrid({5: dies_once}, clock=clock), needs_all=True)
     assert ids(carried) == ("client-000",)
     assert asked == [IDENTIFY, IDENTIFY]
+
+
+def test_a_client_that_goes_while_it_sends_its_answer_holds_nobody_up(monkeypatch):
+    """Flower waits for the rest of the answer, and answers nothing else until it has given up."""
+    monkeypatch.setattr(flower_transport, "LOOK_SECONDS", 0.01)
+    given_up = threading.Event()
+
+    class Waiting(InMemoryGrid):
+        def pull_messages(self, message_ids):
+            if message_ids == ["half"]:
+                self.nodes = {5: node(0), 7: node(2)}
+                given_up.wait(20.0)
+            return super().pull_messages(message_ids)
+
+        def push_messages(self, messages):
+            ids = super().push_messages(messages)
+            return ["half"] if messages[0].metadata.dst_node_id == 6 and len(self.pushed) > 3 else ids
+
+    grid = Waiting({5: node(0), 6: node(1), 7: node(2)})
+    carried = transport(grid, needs_all=True, timeout_seconds=5.0)
+    deliveries = list(carried.exchange(train(ids(carried))))
+    assert positions(deliveries) == [0.0, GONE_SENDING, 2.0]
+    given_up.set()
 
 
 def test_only_the_key_of_a_site_gives_its_place_back():

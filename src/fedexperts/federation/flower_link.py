@@ -51,8 +51,9 @@ node=$!
 (cat <&3 >/dev/null; kill "$node" 2>/dev/null) &
 exec 3<&-
 wait "$node"
+kill -KILL 0
 """
-# It lives until its standard input ends, too.
+# It lives until its standard input ends, too. What Flower has started for it ends with it.
 
 RESTART_SECONDS = 5.0
 

@@ -38,6 +38,8 @@ class SentDownload:
 
     client_id: str
     download: Download
+    node_id: int = 0
+    """Flower's node that was asked last."""
     message_id: str = ""
     num_bytes: int = 0
     at: float

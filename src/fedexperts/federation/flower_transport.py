@@ -2,9 +2,11 @@
 
 import logging
 import math
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +46,9 @@ POLLS_PER_SWEEP = 10
 are there are taken in before Flower drops them."""
 
 NOT_CONNECTED = "its node is not connected"
+GONE_SENDING = "its node is no longer connected: it went while it sent its answer"
+LOOK_SECONDS = 1.0
+"""Seconds between two looks whether a node is there whose answer is being read."""
 
 MOST_LOSSES = 5
 """Times that one download may be lost with its node; a turn that kills the node each time is not asked for
@@ -143,7 +148,7 @@ class FlowerTransport:
         return sent
 
     def _push(self, sent: SentDownload, node_id: int) -> None:
-        download, blob = sent.download, encode_download(sent.download)
+        download, blob, sent.node_id = sent.download, encode_download(sent.download), node_id
         message = Message(
             pack(blob),
             node_id,
@@ -208,7 +213,7 @@ class FlowerTransport:
             self._ask_again(sent)
         if sent.lost or sent.is_settled:
             return
-        for reply in self._grid.pull_messages([sent.message_id]):
+        for reply in self._replies(sent):
             sent.answered = self._clock()
             try:
                 blob = blob_of(reply)
@@ -219,6 +224,25 @@ class FlowerTransport:
                 sent.failure = sent.failure or failure_of(error).failure
             else:
                 sent.blobs.append(spool.keep(blob) if spool else partial(bytes, blob))
+
+    def _replies(self, sent: SentDownload) -> Sequence[Message]:
+        """Return what answers a download now; lose it where its node goes while it sends its answer.
+
+        Flower waits three minutes for the rest of such an answer: that is left to a thread that ends then.
+        """
+        pulled: Future[list[Message]] = Future()
+        threading.Thread(target=self._fill, args=(pulled, sent.message_id), daemon=True).start()
+        while not wait([pulled], LOOK_SECONDS).done:
+            if sent.node_id not in set(self._grid.get_node_ids()):
+                self._lose(sent, GONE_SENDING)
+                return []
+        return pulled.result()
+
+    def _fill(self, pulled: Future[list[Message]], message_id: str) -> None:
+        try:
+            pulled.set_result(list(self._grid.pull_messages([message_id])))
+        except BaseException as error:
+            pulled.set_exception(error)
 
     def _lose(self, sent: SentDownload, reason: str) -> None:
         """Wait for a client that is lost until it is back, where all are needed; else it has failed."""
