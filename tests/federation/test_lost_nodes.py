@@ -11,6 +11,7 @@ from fedexperts.federation import flower_transport
 from fedexperts.federation.flower_nodes import Sites
 from fedexperts.federation.flower_sent import Patience
 from fedexperts.federation.flower_transport import (
+    FORGOTTEN,
     GONE_SENDING,
     IDENTIFY,
     MOST_LOSSES,
@@ -152,6 +153,25 @@ def test_a_client_that_goes_while_it_sends_its_answer_holds_nobody_up(monkeypatc
     deliveries = list(carried.exchange(train(ids(carried))))
     assert positions(deliveries) == [0.0, GONE_SENDING, 2.0]
     given_up.set()
+
+
+@pytest.mark.parametrize("needs_all", [True, False])
+def test_a_node_that_came_back_before_anybody_missed_it_has_forgotten_its_turn(needs_all):
+    """It answers what it is asked later; its own answer, however late, comes before."""
+    forgets, slow = [True], InMemoryGrid({5: node(0), 6: node(1), 7: node(2)})
+
+    def forgetful(message):
+        is_turn = decode_download(unpack(message.content)).task == "train"
+        return None if is_turn and forgets and forgets.pop() else node(1)(message)
+
+    grid = InMemoryGrid({5: node(0), 6: forgetful, 7: node(2)})
+    for one, second in ((grid, 1.0 if needs_all else FORGOTTEN), (slow, 1.0)):
+        carried = transport(one, needs_all=needs_all, timeout_seconds=900.0, probe_seconds=120.0)
+        assert carried.clients
+        one.delays = {6: 500.0} if one is slow else {}
+        assert positions(carried.exchange(train(ids(carried)))) == [0.0, second, 2.0]
+    assert grid.clock.now == pytest.approx(120.0, abs=0.5)
+    assert slow.clock.now == pytest.approx(500.0, abs=0.5)
 
 
 def test_only_the_key_of_a_site_gives_its_place_back():

@@ -1,5 +1,6 @@
 """What a server waits for: downloads on their way to Flower's nodes, and answers that may be lost."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -28,6 +29,8 @@ class Patience:
     """Deadline of a training round; 0 for none."""
     wanted: int = 0
     """Uploads of a training round after which no other is waited for; 0 to wait for all."""
+    probe_seconds: float = math.inf
+    """Seconds of silence after which a node is asked whether it has started anew and forgotten its turn."""
     needs_all: bool = False
     """Whether a client whose node is lost is waited for, as for its answer; else it has failed at once."""
 
@@ -41,6 +44,10 @@ class SentDownload:
     node_id: int = 0
     """Flower's node that was asked last."""
     message_id: str = ""
+    asked_at: float = 0.0
+    """Time when that node was asked."""
+    probe_id: str = ""
+    """Message behind it whose answer says that the node is done with it, or has forgotten it."""
     num_bytes: int = 0
     at: float
     deadline: float

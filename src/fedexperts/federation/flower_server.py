@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import tomllib
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -23,6 +24,8 @@ from fedexperts.run_directory import RunDirectory
 from fedexperts.running.experiment import ServerRun, environment_of
 from fedexperts.running.workbench import open_workbench, personal_store
 from fedexperts.seals import write_sealed
+
+PROBE_SECONDS = 120.0
 
 # Flower looks for this assignment in the source, and takes no annotated one.
 app = ServerApp()
@@ -73,6 +76,8 @@ def _patience(config: RunConfig) -> Patience:
         answer_seconds=config.transport.timeout_seconds,
         round_seconds=config.transport.round_seconds,
         wanted=config.cohort.wanted,
+        # Flower's simulation answers a node's messages side by side, and its nodes do not die.
+        probe_seconds=PROBE_SECONDS if config.transport.connection else math.inf,
         needs_all=config.cohort.on_failure == "stop",
     )
 

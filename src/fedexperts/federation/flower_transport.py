@@ -47,6 +47,7 @@ are there are taken in before Flower drops them."""
 
 NOT_CONNECTED = "its node is not connected"
 GONE_SENDING = "its node is no longer connected: it went while it sent its answer"
+FORGOTTEN = "its node has started anew, and has forgotten its turn"
 LOOK_SECONDS = 1.0
 """Seconds between two looks whether a node is there whose answer is being read."""
 
@@ -148,18 +149,27 @@ class FlowerTransport:
         return sent
 
     def _push(self, sent: SentDownload, node_id: int) -> None:
-        download, blob, sent.node_id = sent.download, encode_download(sent.download), node_id
+        blob, sent.node_id, sent.asked_at, sent.probe_id = (
+            encode_download(sent.download),
+            node_id,
+            self._clock(),
+            "",
+        )
+        sent.num_bytes, sent.message_id = len(blob), self._pushed(sent, sent.download, blob)
+        if not sent.message_id:
+            sent.failure = "Flower did not take its download"
+
+    def _pushed(self, sent: SentDownload, download: Download, blob: bytes) -> str:
+        """Return the id of a message to the node, or nothing if Flower does not take it."""
         message = Message(
             pack(blob),
-            node_id,
+            sent.node_id,
             "train",
             ttl=sent.deadline - self._clock() + GRACE_SECONDS,
             group_id=f"{download.task} {download.round_number}",
         )
         message_ids = list(self._grid.push_messages([message]))
-        sent.num_bytes, sent.message_id = len(blob), (message_ids[0] if message_ids else None) or ""
-        if not sent.message_id:
-            sent.failure = "Flower did not take its download"
+        return (message_ids[0] if message_ids else None) or ""
 
     def _settle_first(self, under_way: Collection[SentDownload], spool: Spool) -> None:
         """Wait until enough uploads have come, or all that will; refuse the others as surplus."""
@@ -213,6 +223,7 @@ class FlowerTransport:
             self._ask_again(sent)
         if sent.lost or sent.is_settled:
             return
+        is_done = self._is_done_with(sent)
         for reply in self._replies(sent):
             sent.answered = self._clock()
             try:
@@ -224,6 +235,22 @@ class FlowerTransport:
                 sent.failure = sent.failure or failure_of(error).failure
             else:
                 sent.blobs.append(spool.keep(blob) if spool else partial(bytes, blob))
+        if is_done and not (sent.lost or sent.is_settled):
+            self._lose(sent, FORGOTTEN)
+
+    def _is_done_with(self, sent: SentDownload) -> bool:
+        """Whether the node has answered a probe that was sent after a long silence.
+
+        A node answers one message after the other. One that was killed and came back before anybody missed it
+        answers the probe alone.
+        """
+        if not sent.probe_id and self._clock() - sent.asked_at >= self._patience.probe_seconds:
+            question = self._question()
+            sent.probe_id = self._pushed(sent, question, encode_download(question))
+        replies = list(self._grid.pull_messages([sent.probe_id])) if sent.probe_id else []
+        if any(reply.has_error() for reply in replies):
+            sent.probe_id, sent.asked_at = "", self._clock()
+        return bool(replies and sent.probe_id)
 
     def _replies(self, sent: SentDownload) -> Sequence[Message]:
         """Return what answers a download now; lose it where its node goes while it sends its answer.
@@ -359,9 +386,11 @@ class FlowerTransport:
         asked.update(new)
         return new
 
+    def _question(self) -> Download:
+        return Download(round_number=0, task=IDENTIFY, config_sha256=self._config_sha256)
+
     def _identify(self, node_ids: Iterable[int]) -> Iterator[Node]:
-        question = Download(round_number=0, task=IDENTIFY, config_sha256=self._config_sha256)
-        asked = tuple(node_ids)
+        question, asked = self._question(), tuple(node_ids)
         for answer in self._exchange(((str(node_id), node_id, question) for node_id in asked), asked):
             node_id = int(answer.client_id)
             if node_id in self._gone:

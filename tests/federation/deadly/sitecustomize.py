@@ -29,7 +29,7 @@ def place_of(event, arguments):
         return ""
     if event == "open" and arguments[1] and not set(arguments[1]) & set("wax"):
         return ""
-    path = os.fsdecode(arguments[PATHS[event]])
+    path = os.path.abspath(os.fsdecode(arguments[PATHS[event]]))
     return path if path.startswith(FOLDER) else ""
 
 
