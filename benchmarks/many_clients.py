@@ -80,7 +80,7 @@ _ROWS: Mapping[str, tuple[str, Callable[[float], str]]] = {
 def tables(figures: Figures) -> list[Table]:
     """Everything by the number of clients; per client, the largest number over the smallest."""
     sizes = figures["sizes"]
-    first, last = list(sizes)[0], list(sizes)[-1]
+    first, *_, last = sizes
     rows = []
     for name, (text, shown) in _ROWS.items():
         factor = 1 if name == "round" else int(last) / int(first)
