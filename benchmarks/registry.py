@@ -12,6 +12,7 @@ from benchmarks import (
     compaction,
     job_tables,
     local_steps,
+    many_clients,
     memory,
     memory_plan,
     merge_error,
@@ -88,6 +89,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         measure=clustering.measure,
         tables=clustering.tables,
         quick={"repeats": 1, "shapes": clustering.SHAPES[:1]},
+    ),
+    "many_clients": Benchmark(
+        measure=many_clients.measure, tables=many_clients.tables, quick={"sizes": (11, 12)}
     ),
     "merge_error": Benchmark(
         measure=merge_error.measure, tables=merge_error.tables, quick={"seeds": 1, "num_examples": 8}

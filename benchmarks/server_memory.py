@@ -20,7 +20,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from benchmarks.anonymous_memory import PeakMemory, anonymous_megabytes
 from benchmarks.tables import Table
-from fedexperts.federation.flower_transport import IDENTIFY, FlowerTransport, Patience
+from fedexperts.federation.flower_sent import Patience
+from fedexperts.federation.flower_transport import IDENTIFY, FlowerTransport
 from fedexperts.federation.wire import pack
 from fedexperts.messages import Download, Sent, Upload, encode_upload
 from fedexperts.tensors import WeightedMean

@@ -285,6 +285,14 @@ class RunDirectory:
         with _locked(self.path / LOCK, f"run directory {self.path}"):
             yield
 
+    def is_locked(self) -> bool:
+        """Return whether a process of this machine writes the run. For a moment nobody else can begin to."""
+        try:
+            with self.lock():
+                return False
+        except UserError:
+            return True
+
 
 def is_in_use(folder: Path) -> bool:
     """Whether ``folder`` has visible files; the locks and the partial file of a killed process are hidden."""

@@ -17,6 +17,7 @@ from fedexperts.evaluation.settings import EvaluationSettings, ExamFields, ExamS
         ({"batch_size": 0}, "evaluation.batch_size is 0; it must be at least 1"),
         ({"max_test_examples": -1}, "evaluation.max_test_examples is -1; it must be at least 0"),
         ({"matrix_examples": 0}, "evaluation.matrix_examples is 0; it must be at least 1"),
+        ({"matrix_clients": 1}, "evaluation.matrix_clients is 1; it must be at least 2"),
     ],
 )
 def test_values_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ from fedexperts.config.load import resolved_toml
 from fedexperts.errors import UserError
 from fedexperts.federation import flower_launch
 from fedexperts.federation.flower_events import FAILED, MARK, WARNED
-from fedexperts.federation.flower_launch import run_with_flower
+from fedexperts.federation.flower_launch import FlowerLink, ServerLostError, run_with_flower
 from fedexperts.run_directory import SEAL, RunDirectory, as_json
 from fedexperts.running.progress import QuietProgress
 from fedexperts.seals import hash_of, write_sealed
@@ -200,3 +200,28 @@ def test_a_superlink_that_does_not_start_shows_its_log(tmp_path):
     log.write_text("".join(f"line {number}\n" for number in range(9)))
     with pytest.raises(UserError, match=r"did not start within 0 s: line 4 line 5 line 6 line 7 line 8$"):
         flower_launch.wait_until_up(1, log, seconds=0.0)
+
+
+@pytest.fixture
+def here(flower, monkeypatch):
+    """A SuperLink of this machine, whose server app is missed at once."""
+    monkeypatch.setattr(flower_launch, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(flower_launch, "LOST_SECONDS", 0.05)
+    return FlowerLink(environment=flower_launch.flower_environment({}), sites={}, is_up=lambda: True)
+
+
+def test_a_server_app_that_was_killed_is_missed_by_the_lock_of_its_run(deployed, flower, run, here):
+    """Flower says for a minute that the run goes on."""
+    flower.flwr(run=f'{STARTED}say("message", "hello")\nimport time\ntime.sleep(60)')
+    with pytest.raises(ServerLostError, match="ended before the run had finished"):
+        run_with_flower(deployed, run, progress=Told(), link=here)
+    assert [call["task"] for call in flower.calls()] == ["run", "stop"]
+
+
+def test_a_server_app_that_writes_its_run_is_left_alone(deployed, flower, run, here):
+    flower.flwr(run=f'{STARTED}say("message", "hello")\nimport time\ntime.sleep(0.3)\nfinish()')
+    with run.lock():
+        assert run.is_locked()
+        assert run_with_flower(deployed, run, progress=Told(), link=here) == {"rounds": 7}
+    assert not run.is_locked()
+    assert [call["task"] for call in flower.calls()] == ["run"]

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from test_every_method import config_of
 
 from fedexperts.errors import UserError
 from fedexperts.federation import flower_launch
@@ -36,12 +37,21 @@ def test_without_flower_the_extra_is_named(make_config, tmp_path, quiet, monkeyp
         run_experiment(make_config("flex", "transport.name=flower"), tmp_path / "run", progress=quiet)
 
 
+OF_EACH_KIND = ("fedadam", "fedavg", "flex", "flux", "scaffold")
+"""A server's optimiser, nothing but the mean, personal tensors, roles and tuned experts, clients' states."""
+
+
+def small(make_config, method, *overrides):
+    return config_of(make_config, method, "data.partition.num_clients=3", *overrides)
+
+
 @SLOW
 @WITHIN
-@pytest.mark.parametrize("method", ["flex", "fedavg"])
+@pytest.mark.parametrize("method", OF_EACH_KIND)
 def test_the_simulation_is_the_run_in_process(method, make_config, tmp_path, quiet):
-    run_experiment(make_config(method), tmp_path / "inprocess", progress=quiet)
-    run_experiment(make_config(method, "transport.name=flower"), tmp_path / "flower", progress=quiet)
+    run_experiment(small(make_config, method), tmp_path / "inprocess", progress=quiet)
+    config = small(make_config, method, "transport.name=flower")
+    run_experiment(config, tmp_path / "flower", progress=quiet)
     assert same(tmp_path / "flower") == same(tmp_path / "inprocess")
 
 
@@ -97,9 +107,10 @@ def answers(port):
         return False
 
 
-@pytest.fixture
-def federation(tmp_path, monkeypatch):
-    """A SuperLink and three SuperNodes as processes of this machine; gives the connection's name."""
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    """A SuperLink and three SuperNodes as processes of this machine; gives the folder of the nodes."""
+    tmp_path, patch = tmp_path_factory.mktemp("federation"), pytest.MonkeyPatch()
     home = tmp_path / "flwr_home"
     home.mkdir()
     port = free_port()
@@ -107,8 +118,8 @@ def federation(tmp_path, monkeypatch):
         f'[superlink]\ndefault = "lab"\n[superlink.lab]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
     for name, value in {**flower_launch.QUIET, "FLWR_HOME": str(home)}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PATH", str(PROGRAMS), prepend=os.pathsep)
+        patch.setenv(name, value)
+    patch.setenv("PATH", str(PROGRAMS), prepend=os.pathsep)
     with ExitStack() as stack:
         link = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", port]
         stack.enter_context(running(link, tmp_path / "superlink.log"))
@@ -118,19 +129,23 @@ def federation(tmp_path, monkeypatch):
             node = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
             node += ["--host", "127.0.0.1", "--port", free_port(), "--node-config", own]
             stack.enter_context(running(node, tmp_path / f"node-{position}.log"))
-        yield "lab"
+        yield tmp_path
+    patch.undo()
 
 
 @SLOW
 @WITHIN
-def test_a_deployment_on_the_loopback_is_the_run_in_process(federation, make_config, tmp_path, quiet):
-    run_experiment(make_config("flex"), tmp_path / "inprocess", progress=quiet)
-    config = make_config("flex", "transport.name=flower", f"transport.connection={federation}")
+@pytest.mark.parametrize("method", OF_EACH_KIND)
+def test_a_deployment_on_the_loopback_is_the_run_in_process(method, federation, make_config, tmp_path, quiet):
+    run_experiment(small(make_config, method), tmp_path / "inprocess", progress=quiet)
+    before = {path.name for path in federation.glob("node-*/*")}
+    config = small(make_config, method, "transport.name=flower", "transport.connection=lab")
     started = time.monotonic()
     run_experiment(config, tmp_path / "flower", progress=quiet)
-    print(f"deployment: {time.monotonic() - started:.0f} s")
+    print(f"deployment of {method}: {time.monotonic() - started:.0f} s")
     assert same(tmp_path / "flower") == same(tmp_path / "inprocess")
     assert not (tmp_path / "flower" / "clients").exists()
+    (token,) = {path.name for path in federation.glob("node-*/*") if path.is_dir()} - before
     for position in range(3):
-        (kept,) = (tmp_path / f"node-{position}").iterdir()
-        assert [path.name for path in kept.iterdir()] == [f"client-{position:03d}"]
+        kept = [path.name for path in (federation / f"node-{position}" / token).iterdir()]
+        assert kept == [f"client-{position:03d}"]

@@ -16,8 +16,9 @@ from fedexperts.data.tinyworld import CATEGORIES, make_example
 from fedexperts.errors import UserError
 from fedexperts.federation import flower_client, flower_site
 from fedexperts.federation.flower_nodes import Sites
+from fedexperts.federation.flower_sent import Patience
 from fedexperts.federation.flower_server import serve
-from fedexperts.federation.flower_transport import FlowerTransport, Patience
+from fedexperts.federation.flower_transport import FlowerTransport
 from fedexperts.federation.site_settings import SiteSettings
 from fedexperts.federation.wire import pack, unpack
 from fedexperts.messages import Download, Upload, decode_upload, encode_download, encode_upload

@@ -301,11 +301,17 @@ def _write_client(
         sizes=sizes,
         # No prompt is in two splits of one client: whoever trains on it is another. Nobody is trained in the
         # wording in which a question on common knowledge is tested.
-        num_test_trained_elsewhere=int(np.isin(pool.prompts_N[drawn.splits["test"]], trained_P).sum()),
+        num_test_trained_elsewhere=_num_among(pool.prompts_N[drawn.splits["test"]], trained_P),
         labels={label: labels[label] for label in _label_names(pool, settings) if labels[label]},
         bounds=bounds,
         clusters={} if clusters_N is None else _cluster_counts(clusters_N, drawn),
     )
+
+
+def _num_among(own: NDArray[np.uint64], sorted_P: NDArray[np.uint64]) -> int:
+    """Return how many of a client's prompts are among those of all, which are sorted once."""
+    first, behind = (np.searchsorted(sorted_P, own, side) for side in ("left", "right"))
+    return int((first < behind).sum())
 
 
 def _cluster_counts(clusters_N: Codes, drawn: _Drawn) -> dict[int, int]:
@@ -400,7 +406,7 @@ def _load_owners(settings: DataSettings, owners: Mapping[str, str | tuple[str, .
         pool.spool.close()
     trained_P = np.unique(np.concatenate([own["train"] for own in prompts]))
     clients = [
-        replace(client, num_test_trained_elsewhere=int(np.isin(own["test"], trained_P).sum()))
+        replace(client, num_test_trained_elsewhere=_num_among(own["test"], trained_P))
         for client, own in zip(clients, prompts, strict=True)
     ]
     num_used, source_counts = _num_used(clients, settings), _added(pool_counts)

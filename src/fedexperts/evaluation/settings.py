@@ -109,6 +109,8 @@ class EvaluationSettings:
     """Also score every client's model on every client's test split."""
     matrix_examples: int = 20
     """Test examples per cell of that matrix."""
+    matrix_clients: int = 50
+    """Most clients with which the matrix is made: its time grows with the square of their number."""
     exam: ExamSettings = field(default_factory=ExamSettings)
     """The knowledge exam."""
     retention: RetentionSettings = field(default_factory=RetentionSettings)
@@ -149,5 +151,6 @@ _LEAST = {
     "max_test_examples": 0,
     "every": 0,
     "matrix_examples": 1,
+    "matrix_clients": 2,
     "num_predictions": 0,
 }

@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ LOCAL = "local"
 """Name of the connection to the SuperLink that a simulation starts for itself."""
 
 PROGRAMS = Path(sys.executable).parent
+
+LOOK_SECONDS = 1.0
+LOST_SECONDS = 6.0
+"""Seconds for which nobody writes a run before its server app counts as killed; its last words take a few."""
 
 QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -71,6 +76,12 @@ class FlowerLink:
     """Environment in which Flower's programs know it."""
     sites: Mapping[str, int]
     """Node id of each site's key, by the site's name."""
+    is_up: Callable[[], bool]
+    """Return whether it is still there."""
+
+
+class ServerLostError(UserError):
+    """The server app ended, and left no reason and no result: it, or the SuperLink, was killed."""
 
 
 def run_with_flower(
@@ -92,10 +103,11 @@ def run_with_flower(
         app = _write_app(config, run, Path(folder) / "app", link.sites if link else {})
         if config.transport.connection:
             environment = link.environment if link else flower_environment({})
-            _submit([str(app), config.transport.connection], run, environment, progress)
+            arguments = [str(app), config.transport.connection]
+            _submit(arguments, run, environment, progress, is_here=link is not None)
         else:
             with _superlink(Path(folder)) as environment:
-                _submit([str(app), LOCAL, *_simulation(config)], run, environment, progress)
+                _submit([str(app), LOCAL, *_simulation(config)], run, environment, progress, is_here=True)
     return read_sealed(run.result)
 
 
@@ -205,30 +217,45 @@ def wait_until_up(port: int, log: Path, seconds: float = 60.0, *, host: str = "1
 
 
 def _submit(
-    arguments: Sequence[str], run: RunDirectory, environment: Mapping[str, str], progress: Progress
+    arguments: Sequence[str],
+    run: RunDirectory,
+    environment: Mapping[str, str],
+    progress: Progress,
+    *,
+    is_here: bool,
 ) -> None:
-    """``flwr run`` until the run has ended; its exit code says nothing of how, ``result.json`` does."""
+    """``flwr run`` until the run has ended; its exit code says nothing of how, ``result.json`` does.
+
+    Where the server app is a process of this machine (``is_here``), it is missed within seconds of its death;
+    Flower takes a minute.
+    """
     flwr, listener, connection = _Flwr(environment), _Listener(progress), arguments[1]
+    look = _Lookout(run, listener) if is_here else None
     try:
         with (run.path / "flower.log").open("a", encoding="utf-8") as log:
-            for line in flwr.lines("run", *arguments, "--stream"):
+            for line in flwr.lines("run", *arguments, "--stream", look=look):
                 log.write(listener.without_events(line))
         while not listener.failure and not run.result.exists():
+            if look and look.is_lost:
+                flwr.stop(listener.run_id, connection)
+                break
             if not flwr.is_going_on(listener.run_id, connection):
                 break
             time.sleep(1.0)  # the stream of the log broke, the run did not
     except BaseException:
         flwr.stop(listener.run_id, connection)
         raise
-    if listener.failure or not run.result.exists():
-        raise UserError(listener.failure or _lost(run, listener))
+    if listener.failure:
+        raise UserError(listener.failure)
+    if not run.result.exists():
+        raise _lost(run, listener)
 
 
-def _lost(run: RunDirectory, listener: "_Listener") -> str:
+def _lost(run: RunDirectory, listener: "_Listener") -> UserError:
     """Return in a sentence that there is no result: the server app was lost, or never began."""
     if not listener.run_id:
-        return f"Flower did not take the run: {_in_one_line(listener.tail)}"
-    return (
+        return UserError(f"Flower did not take the run: {_in_one_line(listener.tail)}")
+    return ServerLostError(
         f"the server's process in Flower ended before the run had finished; {run.path / 'flower.log'} has "
         f"what Flower logged. Finished rounds are kept: --resume {run.path} goes on after them"
     )
@@ -241,6 +268,8 @@ class _Listener:
         self._progress = progress
         self.run_id = ""
         self.failure = ""
+        self.has_begun = False
+        """Whether the server app has begun to write the run."""
         self.tail = deque[str](maxlen=5)
         """The last lines that were no events."""
 
@@ -252,6 +281,7 @@ class _Listener:
         elif event == WARNED:
             logger.warning(values[0])
         elif event in RELAYED:
+            self.has_begun = True
             getattr(self._progress, event)(*values)
         else:
             self.tail.append(line)
@@ -261,13 +291,42 @@ class _Listener:
         return ""
 
 
+class _Lookout:
+    """Looks, while the log of a run is read, whether anybody still writes the run."""
+
+    def __init__(self, run: RunDirectory, listener: _Listener) -> None:
+        self._run, self._listener, self._done = run, listener, threading.Event()
+        self.is_lost = False
+
+    @contextmanager
+    def over(self, process: subprocess.Popen[str]) -> Iterator[None]:
+        """End a process, which reads the log, once nobody does."""
+        watcher = threading.Thread(target=self._watch, args=(process,), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            self._done.set()
+            watcher.join()
+
+    def _watch(self, process: subprocess.Popen[str]) -> None:
+        alone = 0.0
+        while not self._done.wait(LOOK_SECONDS):
+            is_written = not self._listener.has_begun or self._run.is_locked()
+            alone = 0.0 if is_written else alone + LOOK_SECONDS
+            if alone >= LOST_SECONDS and not self._run.result.exists():
+                self.is_lost = True
+                process.terminate()
+                return
+
+
 class _Flwr:
     """The command line of Flower."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = environment
 
-    def lines(self, *arguments: str) -> Iterator[str]:
+    def lines(self, *arguments: str, look: _Lookout | None) -> Iterator[str]:
         """The lines of a command's output as they come; the command ends when nobody listens any more."""
         with subprocess.Popen(
             [str(PROGRAMS / "flwr"), *arguments],
@@ -278,7 +337,8 @@ class _Flwr:
         ) as process:
             assert process.stdout is not None
             try:
-                yield from process.stdout
+                with look.over(process) if look else nullcontext():
+                    yield from process.stdout
             finally:
                 process.terminate()
 

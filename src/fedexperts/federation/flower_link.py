@@ -32,16 +32,17 @@ CONNECTION = "sites"
 """Name of the connection to the SuperLink that :func:`open_link` starts."""
 
 _LINK = """
-"$1/flower-superlink" --isolation process --enable-supernode-auth --host "$2" --port "$3" \
+("$1/flower-superlink" --isolation process --enable-supernode-auth --host "$2" --port "$3" \
     --ssl-ca-certfile "$5/ca.crt" --ssl-certfile "$5/server.crt" --ssl-keyfile "$5/server.key" \
-    --superexec-auth-secret-file "$6/secret" &
-"$1/flower-superexec" --root-certificates "$5/ca.crt" --runtime-api-address "$4" \
-    --superexec-auth-secret-file "$6/secret" &
+    --superexec-auth-secret-file "$6/secret"; kill -KILL 0) &
+("$1/flower-superexec" --root-certificates "$5/ca.crt" --runtime-api-address "$4" \
+    --superexec-auth-secret-file "$6/secret"; kill -KILL 0) &
 cat >/dev/null
 rm -rf -- "$6"
 kill -KILL 0
 """
-# They live until their standard input ends, which it does however this process ends.
+# They live until their standard input ends, which it does however this process ends; or until one of them
+# ends. The server app that Flower has started, which is one of their group, ends with them.
 
 _NODE = """
 exec 3<&0
@@ -50,8 +51,9 @@ node=$!
 (cat <&3 >/dev/null; kill "$node" 2>/dev/null) &
 exec 3<&-
 wait "$node"
+kill -KILL 0
 """
-# It lives until its standard input ends, too.
+# It lives until its standard input ends, too. What Flower has started for it ends with it.
 
 RESTART_SECONDS = 5.0
 
@@ -95,11 +97,11 @@ def open_link(keys: Path, host: str, port: int) -> Iterator[FlowerLink]:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-            ),
+            ) as process,
         ):
             wait_until_up(port, log, host=near.rpartition(":")[0])
             sites = {name: _register(path, environment) for name, path in public.items()}
-            yield FlowerLink(environment=environment, sites=sites)
+            yield FlowerLink(environment=environment, sites=sites, is_up=lambda: process.poll() is None)
 
 
 def _public_keys(keys: Path) -> dict[str, Path]:

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import tomllib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from flwr.app import Context
@@ -16,11 +18,14 @@ from fedexperts.data.federated import no_data
 from fedexperts.errors import UserError
 from fedexperts.federation.flower_events import FAILED, WarningsSaid, said_progress, say
 from fedexperts.federation.flower_nodes import Sites
-from fedexperts.federation.flower_transport import FlowerTransport, Patience
+from fedexperts.federation.flower_sent import Patience
+from fedexperts.federation.flower_transport import FlowerTransport
 from fedexperts.run_directory import RunDirectory
 from fedexperts.running.experiment import ServerRun, environment_of
 from fedexperts.running.workbench import open_workbench, personal_store
 from fedexperts.seals import write_sealed
+
+PROBE_SECONDS = 120.0
 
 # Flower looks for this assignment in the source, and takes no annotated one.
 app = ServerApp()
@@ -46,8 +51,11 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory, keys: Mapping[int, s
     ``keys`` has the name of each site by the node id of its key.
     """
     progress, stopwatch = said_progress(), Stopwatch()
-    progress.phase("loading the server's model")
-    with run.lock(), open_workbench(config, stopwatch, data=no_data()) as bench:
+    with ExitStack() as stack:
+        stack.enter_context(run.lock())
+        # Said under the lock: from here on whoever has submitted the run sees by the lock that it goes on.
+        progress.phase("loading the server's model")
+        bench = stack.enter_context(open_workbench(config, stopwatch, data=no_data()))
         scorer = bench.scorer(personal_store(run.path))
         write_sealed(run.environment, environment_of(bench) | _simulated(config))
         transport = FlowerTransport(
@@ -63,11 +71,14 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory, keys: Mapping[int, s
 
 
 def _patience(config: RunConfig) -> Patience:
-    """Return how long to wait, and for how many uploads where more clients are asked than count."""
+    """Return how long to wait, and for whom."""
     return Patience(
         answer_seconds=config.transport.timeout_seconds,
         round_seconds=config.transport.round_seconds,
         wanted=config.cohort.wanted,
+        # Flower's simulation answers a node's messages side by side, and its nodes do not die.
+        probe_seconds=PROBE_SECONDS if config.transport.connection else math.inf,
+        needs_all=config.cohort.on_failure == "stop",
     )
 
 

@@ -2,10 +2,11 @@
 
 import logging
 import math
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +25,10 @@ from fedexperts.federation.flower_nodes import (
     node_of,
     refuse_mixed_counts,
 )
+from fedexperts.federation.flower_sent import NodeLostError, Patience, SentDownload, blob_of
 from fedexperts.federation.spool import Spool
 from fedexperts.federation.transport import Delivery, Finished
-from fedexperts.federation.wire import pack, unpack
+from fedexperts.federation.wire import pack
 from fedexperts.messages import Download, Upload, brings_tensors, encode_download
 
 logger = logging.getLogger(__name__)
@@ -43,8 +45,15 @@ POLLS_PER_SWEEP = 10
 """The answer that is next in order is asked for at every poll, the later ones at every so many: those that
 are there are taken in before Flower drops them."""
 
-NODE_UNAVAILABLE = 5
-"""Flower's code of the error that stands for the answer of a node that is gone."""
+NOT_CONNECTED = "its node is not connected"
+GONE_SENDING = "its node is no longer connected: it went while it sent its answer"
+FORGOTTEN = "its node has started anew, and has forgotten its turn"
+LOOK_SECONDS = 1.0
+"""Seconds between two looks whether a node is there whose answer is being read."""
+
+MOST_LOSSES = 5
+"""Times that one download may be lost with its node; a turn that kills the node each time is not asked for
+for ever."""
 
 FIRST_SAID_SECONDS = 5.0
 """Seconds after which sites that are not connected are named for the first time."""
@@ -53,41 +62,6 @@ SAID_SECONDS = 30.0
 
 GRACE_SECONDS = 10.0
 """A message lives so much longer than its answer is waited for: Flower must not be asked for a dead one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """Limits of a server's waiting."""
-
-    answer_seconds: float
-    """Longest wait until every client is there, and for one client's answer."""
-    round_seconds: float = 0.0
-    """Deadline of a training round; 0 for none."""
-    wanted: int = 0
-    """Uploads of a training round after which no other is waited for; 0 to wait for all."""
-
-
-@dataclass(kw_only=True)
-class _Sent:
-    """One download on its way, and its answer once it is there."""
-
-    client_id: str
-    is_training: bool
-    largest: int
-    message_id: str = ""
-    num_bytes: int = 0
-    at: float
-    deadline: float
-    """Time after which its answer does not count."""
-    answered: float = 0.0
-    failure: str = ""
-    fenced: str = ""
-    blobs: list[Callable[[], bytes]] = field(default_factory=list)
-    """Answers that came: one, unless a client sends more."""
-
-    @property
-    def is_settled(self) -> bool:
-        return bool(self.blobs or self.failure)
 
 
 class FlowerTransport:
@@ -113,6 +87,7 @@ class FlowerTransport:
         self._timeout, self._spool_folder = patience.answer_seconds, spool_folder
         self._clock, self._pause = clock, pause
         self._nodes: dict[str, Node] = {}
+        self._strangers, self._gone = set[int](), set[int]()
 
     @property
     def clients(self) -> tuple[ClientFacts, ...]:
@@ -143,7 +118,7 @@ class FlowerTransport:
     def _exchange(
         self, items: Iterable[tuple[str, int, Download]], online: Collection[int]
     ) -> Iterator[Delivery]:
-        waiting, under_way, started = iter(items), deque[_Sent](), self._clock()
+        waiting, under_way, started = iter(items), deque[SentDownload](), self._clock()
         most = max(MOST_UNANSWERED, len(self._nodes) if self._patience.wanted else 0)
         with Spool(self._spool_folder) as spool:
             while True:
@@ -159,41 +134,44 @@ class FlowerTransport:
 
     def _send(
         self, client_id: str, node_id: int, download: Download, online: Collection[int], started: float
-    ) -> _Sent:
-        at, is_training = self._clock(), download.task == "train"
+    ) -> SentDownload:
+        at = self._clock()
         deadline = at + self._patience.answer_seconds
-        if is_training and self._patience.round_seconds:
+        if download.task == "train" and self._patience.round_seconds:
             deadline = min(deadline, started + self._patience.round_seconds)
-        sent = _Sent(
-            client_id=client_id,
-            is_training=is_training,
-            largest=download.largest_answer,
-            at=at,
-            deadline=deadline,
-        )
+        sent = SentDownload(client_id=client_id, download=download, at=at, deadline=deadline)
         if node_id not in online:
-            sent.failure = "its node is not connected"
+            self._lose(sent, NOT_CONNECTED)
         elif at >= deadline:
             self._give_up(sent)
         else:
-            self._push(sent, node_id, download)
+            self._push(sent, node_id)
         return sent
 
-    def _push(self, sent: _Sent, node_id: int, download: Download) -> None:
-        blob = encode_download(download)
-        message = Message(
-            pack(blob),
+    def _push(self, sent: SentDownload, node_id: int) -> None:
+        blob, sent.node_id, sent.asked_at, sent.probe_id = (
+            encode_download(sent.download),
             node_id,
-            "train",
-            ttl=sent.deadline - sent.at + GRACE_SECONDS,
-            group_id=f"{download.task} {download.round_number}",
+            self._clock(),
+            "",
         )
-        message_ids = list(self._grid.push_messages([message]))
-        sent.num_bytes, sent.message_id = len(blob), (message_ids[0] if message_ids else None) or ""
+        sent.num_bytes, sent.message_id = len(blob), self._pushed(sent, sent.download, blob)
         if not sent.message_id:
             sent.failure = "Flower did not take its download"
 
-    def _settle_first(self, under_way: Collection[_Sent], spool: Spool) -> None:
+    def _pushed(self, sent: SentDownload, download: Download, blob: bytes) -> str:
+        """Return the id of a message to the node, or nothing if Flower does not take it."""
+        message = Message(
+            pack(blob),
+            sent.node_id,
+            "train",
+            ttl=sent.deadline - self._clock() + GRACE_SECONDS,
+            group_id=f"{download.task} {download.round_number}",
+        )
+        message_ids = list(self._grid.push_messages([message]))
+        return (message_ids[0] if message_ids else None) or ""
+
+    def _settle_first(self, under_way: Collection[SentDownload], spool: Spool) -> None:
         """Wait until enough uploads have come, or all that will; refuse the others as surplus."""
         wanted, open_ones, num_good = self._patience.wanted, list(under_way), 0
         while num_good < wanted and (open_ones := [sent for sent in open_ones if not sent.is_settled]):
@@ -206,7 +184,7 @@ class FlowerTransport:
             if not sent.is_settled:
                 sent.failure, sent.fenced = f"upload refused: the first {wanted} had come", "surplus"
 
-    def _await(self, first: _Sent, later: Iterable[_Sent], spool: Spool) -> None:
+    def _await(self, first: SentDownload, later: Iterable[SentDownload], spool: Spool) -> None:
         """Wait for the answer to ``first``, or until it is too late; take in what answers later ones."""
         polls = 0
         while not self._is_over(first):
@@ -216,14 +194,17 @@ class FlowerTransport:
                     self._pull(sent, spool)
             self._pause(POLL_SECONDS)
 
-    def _is_over(self, sent: _Sent, spool: Spool | None = None) -> bool:
+    def _is_over(self, sent: SentDownload, spool: Spool | None = None) -> bool:
         """Ask once for an answer; return whether it is there, or will not count any more."""
         self._pull(sent, spool)
         if not sent.is_settled and self._clock() >= sent.deadline:
             self._give_up(sent)
         return sent.is_settled
 
-    def _give_up(self, sent: _Sent) -> None:
+    def _give_up(self, sent: SentDownload) -> None:
+        if sent.lost:
+            sent.failure, sent.lost = sent.lost, ""
+            return
         patience = self._patience
         is_round = sent.deadline < sent.at + patience.answer_seconds
         key, value = (
@@ -233,33 +214,114 @@ class FlowerTransport:
         )
         sent.failure, sent.fenced = f"no answer within transport.{key} = {value:g}", "late"
 
-    def _pull(self, sent: _Sent, spool: Spool | None = None) -> None:
+    def _pull(self, sent: SentDownload, spool: Spool | None = None) -> None:
         """Ask for one message id at a time: of several, Flower would hold all answers that are there.
 
         With ``spool`` the answer waits on disk. One that is too large is dropped at once.
         """
-        if sent.is_settled:
+        if sent.lost:
+            self._ask_again(sent)
+        if sent.lost or sent.is_settled:
             return
-        for reply in self._grid.pull_messages([sent.message_id]):
+        is_done = self._is_done_with(sent)
+        for reply in self._replies(sent):
             sent.answered = self._clock()
             try:
-                blob = _blob(reply)
-                refuse_large(len(blob), sent.largest)
+                blob = blob_of(reply)
+                refuse_large(len(blob), sent.download.largest_answer)
+            except NodeLostError as error:
+                self._lose(sent, str(error))
             except Exception as error:
                 sent.failure = sent.failure or failure_of(error).failure
             else:
                 sent.blobs.append(spool.keep(blob) if spool else partial(bytes, blob))
+        if is_done and not (sent.lost or sent.is_settled):
+            self._lose(sent, FORGOTTEN)
 
-    def _deliveries(self, sent: _Sent) -> Iterator[Delivery]:
+    def _is_done_with(self, sent: SentDownload) -> bool:
+        """Whether the node has answered a probe that was sent after a long silence.
+
+        A node answers one message after the other. One that was killed and came back before anybody missed it
+        answers the probe alone.
+        """
+        if not sent.probe_id and self._clock() - sent.asked_at >= self._patience.probe_seconds:
+            question = self._question()
+            sent.probe_id = self._pushed(sent, question, encode_download(question))
+        replies = list(self._grid.pull_messages([sent.probe_id])) if sent.probe_id else []
+        if any(reply.has_error() for reply in replies):
+            sent.probe_id, sent.asked_at = "", self._clock()
+        return bool(replies and sent.probe_id)
+
+    def _replies(self, sent: SentDownload) -> Sequence[Message]:
+        """Return what answers a download now; lose it where its node goes while it sends its answer.
+
+        Flower waits three minutes for the rest of such an answer: that is left to a thread that ends then.
+        """
+        pulled: Future[list[Message]] = Future()
+        threading.Thread(target=self._fill, args=(pulled, sent.message_id), daemon=True).start()
+        while not wait([pulled], LOOK_SECONDS).done:
+            if sent.node_id not in set(self._grid.get_node_ids()):
+                self._lose(sent, GONE_SENDING)
+                return []
+        return pulled.result()
+
+    def _fill(self, pulled: Future[list[Message]], message_id: str) -> None:
+        try:
+            pulled.set_result(list(self._grid.pull_messages([message_id])))
+        except BaseException as error:
+            pulled.set_exception(error)
+
+    def _lose(self, sent: SentDownload, reason: str) -> None:
+        """Wait for a client that is lost until it is back, where all are needed; else it has failed."""
+        sent.num_losses += 1
+        is_known = sent.client_id in self._nodes
+        if not is_known:
+            self._gone.add(int(sent.client_id))
+        if is_known and self._patience.needs_all and sent.num_losses < MOST_LOSSES:
+            sent.lost = reason
+            logger.warning("waiting for client %s: %s", sent.client_id, reason)
+        else:
+            sent.failure = reason
+
+    def _ask_again(self, sent: SentDownload) -> None:
+        """Send a download once more as soon as its client is there, maybe as another node."""
+        online = frozenset(self._grid.get_node_ids())
+        if self._nodes[sent.client_id].node_id not in online:
+            self._take_back(online)
+        node = self._nodes[sent.client_id]
+        if node.node_id in online:
+            sent.lost = ""
+            logger.info("client %s is back and is asked again", sent.client_id)
+            self._push(sent, node.node_id)
+
+    def _take_back(self, online: Collection[int]) -> None:
+        """Ask nodes that are new who they are; one may be a client whose node is gone."""
+        there = {name: node for name, node in self._nodes.items() if node.node_id in online}
+        known = self._strangers.union(node.node_id for node in there.values())
+        sites = self._sites or Sites(number=len(self._nodes))
+        for node_id in sorted(one for one in online if one not in known and sites.may_ask(one)):
+            try:
+                for node in self._identify([node_id]):
+                    reason = sites.refusal(node_id, node.client_id, there)
+                    if node.client_id in self._nodes and not reason:
+                        self._nodes[node.client_id] = there[node.client_id] = node
+                    else:
+                        self._strangers.add(node_id)
+                        logger.warning("Flower node %d is refused: %s", node_id, reason or "it is no client")
+            except UserError as error:
+                self._strangers.add(node_id)
+                logger.warning("%s", error)
+
+    def _deliveries(self, sent: SentDownload) -> Iterator[Delivery]:
         """Yield the answer, whatever came, and further ones of a training round, which do not count."""
         if not sent.blobs:
             yield self._delivery(sent, Upload(failure=sent.failure), 0)
             return
         blobs = sent.blobs if sent.is_training else sent.blobs[:1]
         while blobs:
-            yield self._delivery(sent, *read_answer(blobs.pop(0), sent.largest))
+            yield self._delivery(sent, *read_answer(blobs.pop(0), sent.download.largest_answer))
 
-    def _delivery(self, sent: _Sent, upload: Upload, num_bytes: int) -> Delivery:
+    def _delivery(self, sent: SentDownload, upload: Upload, num_bytes: int) -> Delivery:
         busy = math.fsum(upload.seconds.values())
         return Delivery(
             client_id=sent.client_id,
@@ -278,8 +340,7 @@ class FlowerTransport:
                 raise UserError(
                     f"{count_of(found.values())} joined within transport.timeout_seconds = {self._timeout:g}"
                 )
-            new = sorted(set(self._grid.get_node_ids()) - asked)
-            asked.update(new)
+            new = self._new(asked)
             for node in self._identify(new):
                 if node.position in found:
                     raise UserError(
@@ -302,8 +363,7 @@ class FlowerTransport:
                     f"{len(found)} of {sites.number} sites joined within transport.timeout_seconds = "
                     f"{self._timeout:g} (joined: {joined}; not connected: {sites.missing(found)})"
                 )
-            new = sorted(node_id for node_id in self._grid.get_node_ids() if node_id not in asked)
-            asked.update(new)
+            new = self._new(asked)
             if not new and self._clock() >= said:
                 said = self._clock() + SAID_SECONDS
                 logger.warning("waiting for %s", sites.missing(found))
@@ -318,11 +378,23 @@ class FlowerTransport:
         refuse_mixed_counts(found)
         return {name: found[name] for name in sorted(found)}
 
+    def _new(self, asked: set[int]) -> list[int]:
+        """Return, and add to those asked, nodes that are there and were not asked, or were lost since."""
+        asked -= self._gone
+        self._gone.clear()
+        new = sorted(set(self._grid.get_node_ids()) - asked)
+        asked.update(new)
+        return new
+
+    def _question(self) -> Download:
+        return Download(round_number=0, task=IDENTIFY, config_sha256=self._config_sha256)
+
     def _identify(self, node_ids: Iterable[int]) -> Iterator[Node]:
-        question = Download(round_number=0, task=IDENTIFY, config_sha256=self._config_sha256)
-        asked = tuple(node_ids)
+        question, asked = self._question(), tuple(node_ids)
         for answer in self._exchange(((str(node_id), node_id, question) for node_id in asked), asked):
             node_id = int(answer.client_id)
+            if node_id in self._gone:
+                continue
             if answer.upload.failure:
                 name = self._sites.keys.get(node_id, "") if self._sites else ""
                 told = f"site {name} (Flower node {node_id})" if name else f"Flower node {node_id}"
@@ -331,12 +403,3 @@ class FlowerTransport:
             node = node_of(node_id, report if self._sites is None else {**ONE_OF_ONE, **report})
             logger.info("Flower node %d is %s", node.node_id, node.client_id)
             yield node
-
-
-def _blob(reply: Message) -> bytes:
-    """Return the bytes of an answer; raise UserError with the reason that Flower gives instead."""
-    if not reply.has_error():
-        return unpack(reply.content)
-    reason = " ".join((reply.error.reason or "no reason given").split())
-    lost = "its node is no longer connected: " if reply.error.code == NODE_UNAVAILABLE else ""
-    raise UserError(f"{lost}Flower error {reply.error.code}: {reason[:500]}")

@@ -123,8 +123,8 @@ class Scorer:
     def _matrix_scores(self) -> tuple[str, ...]:
         """Scores of the matrix of models by test splits, which only a process with all the data has."""
         settings = self.runtime.settings.evaluation
-        has_others = len(self.runtime.data.client_ids) > 1
-        is_wanted = settings.matrix and settings.matrix_examples and has_others
+        number = len(self.runtime.data.client_ids)
+        is_wanted = settings.matrix and 1 < number <= settings.matrix_clients
         return tuple(score for score in ("loss", "rougeL") if is_wanted and score in settings.metrics)
 
     def evaluate(self, client_id: str, download: Download) -> Upload:

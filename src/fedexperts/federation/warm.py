@@ -30,6 +30,8 @@ TAKEN, OTHER = b"taken", b"other"
 def ask_worker(folder: Path, request: Mapping[str, Any], blob: bytes, seconds: float) -> bytes:
     """Return the worker's answer to a download; the turn ends early if this process does.
 
+    A worker that is killed is started again, once: a turn can be taken twice, with the same result.
+
     Args:
         folder: of the node.
         request: what the worker has to know beside the download.
@@ -37,21 +39,22 @@ def ask_worker(folder: Path, request: Mapping[str, Any], blob: bytes, seconds: f
         seconds: how long the answer is waited for.
 
     Raises:
-        RuntimeError: the worker cannot be started, or ended during the turn.
+        RuntimeError: the worker cannot be started, or ended during the turn, twice.
     """
     header = json.dumps({**request, "seconds": seconds}).encode()
-    parent = os.getppid()
-    for _ in range(2):
+    parent, refused = os.getppid(), list[str]()
+    while len(set(refused)) == len(refused):  # each may happen once
         with _running(folder, parent) or _started(folder, parent) as connection:
             try:
                 connection.send_bytes(header)
                 if connection.recv_bytes() == TAKEN:
                     connection.send_bytes(blob)
                     return connection.recv_bytes()
+                refused.append("is of another run")
             except (EOFError, OSError):
-                raise RuntimeError("the worker of this node ended during the turn") from None
+                refused.append("ended during the turn")
         (folder / WORKER_FILE).unlink(missing_ok=True)
-    raise RuntimeError("the worker of this node is of another run")
+    raise RuntimeError(f"the worker of this node {refused[-1]}")
 
 
 def _running(folder: Path, parent: int) -> Connection | None:

@@ -58,7 +58,8 @@ class ResultParts:
 
 def build_result(parts: ResultParts) -> Json:
     """The object that ``result.json`` holds."""
-    clients = {client_id: _client(client_id, parts) for client_id in parts.scores}
+    lines = _by_client(parts.clients)
+    clients = {client_id: _client(client_id, parts, lines.get(client_id, [])) for client_id in parts.scores}
     means, exam = (
         mean_metrics([client["algorithm"] | client for client in clients.values()]),
         _exam(parts, clients),
@@ -118,9 +119,15 @@ def mean_metrics(clients: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: math.fsum(scores) / len(scores) for name, scores in values.items()}
 
 
-def _client(client_id: str, parts: ResultParts) -> Json:
+def _by_client(lines: Iterable[Json]) -> dict[str, list[Json]]:
+    found: dict[str, list[Json]] = {}
+    for line in lines:
+        found.setdefault(line["client"], []).append(line)
+    return found
+
+
+def _client(client_id: str, parts: ResultParts, lines: Sequence[Json]) -> Json:
     score = parts.scores[client_id]
-    lines = [line for line in parts.clients if line["client"] == client_id]
     totals = {name: sum(line[name] for line in lines) for name in ("upload_bytes", "download_bytes")}
     last = lines[-1] if lines else {}
     counts = {name: last[name] for name in ("num_truncated", "num_without_label") if name in last}

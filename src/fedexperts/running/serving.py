@@ -1,5 +1,6 @@
 """Serve a federation of sites, and take part in one as a site."""
 
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,11 +14,17 @@ from fedexperts.config.toml import render_toml
 from fedexperts.data.federated import FederatedData, load_site_data
 from fedexperts.data.settings import CLIENT_NAME, SITE, DataSettings, PartitionSettings
 from fedexperts.errors import UserError
+from fedexperts.federation.flower_launch import FlowerLink, ServerLostError
 from fedexperts.federation.flower_link import CONNECTION, open_link, parse_address
 from fedexperts.federation.site_settings import SiteSettings
-from fedexperts.run_directory import name_at_sites, write_atomically
+from fedexperts.run_directory import RunDirectory, name_at_sites, write_atomically
 from fedexperts.running.experiment import run_experiment
 from fedexperts.running.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+MOST_LOSSES = 5
+"""Times in a row that the server's processes may be lost, without a round in between, before it gives up."""
 
 SERVER_OVERRIDES = ('transport.name="flower"', f'transport.connection="{CONNECTION}"')
 """Settings that the server's command puts in."""
@@ -34,6 +41,9 @@ def run_server(
 ) -> dict[str, Any]:
     """Start a SuperLink, wait for the sites, and run the experiment to its result.
 
+    Where the server app or the SuperLink is killed, it is started again, and the run goes on after its last
+    round.
+
     Raises:
         UserError: see :func:`run_experiment` and :func:`open_link`; or fewer sites have keys than take part.
     """
@@ -48,14 +58,32 @@ def run_server(
             f"the run's folder is named {run_directory.name!r}, and sites name theirs after it: it must be "
             'of up to 91 letters, digits, ".", "_" and "-", the first a letter or digit (--to)'
         )
-    with open_link(keys, *parse_address(listen, "--listen")) as link:
-        if len(link.sites) < partition.num_clients:
-            raise UserError(
-                f"data.partition.num_clients is {partition.num_clients}, but {keys} has the keys of "
-                f"{len(link.sites)} sites: {', '.join(link.sites)}"
-            )
-        progress.message(f"waiting at {listen} for {partition.num_clients} of {', '.join(link.sites)}")
-        return run_experiment(config, run_directory, progress=progress, resume=resume, link=link)
+    address, run = parse_address(listen, "--listen"), RunDirectory(run_directory)
+    num_losses = num_rounds = 0
+    while True:
+        with open_link(keys, *address) as link:
+            _refuse_few_keys(config, keys, link)
+            progress.message(f"waiting at {listen} for {partition.num_clients} of {', '.join(link.sites)}")
+            while link.is_up():
+                try:
+                    return run_experiment(config, run.path, progress=progress, resume=resume, link=link)
+                except ServerLostError:
+                    reached = max(run.kept_rounds(), default=0)
+                    num_losses = 1 if reached > num_rounds else num_losses + 1
+                    if num_losses == MOST_LOSSES:
+                        raise
+                    num_rounds, resume = reached, True
+                    lost = "process in Flower" if link.is_up() else "SuperLink"
+                    logger.warning("the server's %s was killed; going on after round %d", lost, num_rounds)
+
+
+def _refuse_few_keys(config: RunConfig, keys: Path, link: FlowerLink) -> None:
+    number = config.data.partition.num_clients
+    if len(link.sites) < number:
+        raise UserError(
+            f"data.partition.num_clients is {number}, but {keys} has the keys of "
+            f"{len(link.sites)} sites: {', '.join(link.sites)}"
+        )
 
 
 def prepare_site(
