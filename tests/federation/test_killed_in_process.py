@@ -22,7 +22,10 @@ def identity(run):
     names = ("server_state_sha256", "personal_sha256", "mean", "exam", "bytes", "failures", "refused")
     lines = [*read_lines(run / "rounds.jsonl"), *read_lines(run / "clients.jsonl")]
     told = [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
-    return {name: result[name] for name in names} | {"clock": result.get("clock", {}).get("seconds"), "lines": told}
+    return {name: result[name] for name in names} | {
+        "clock": result.get("clock", {}).get("seconds"),
+        "lines": told,
+    }
 
 
 class Killed:
