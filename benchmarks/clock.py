@@ -2,7 +2,7 @@
 
 A product of two large matrices and a large copy give the best rates. Turns at three batch sizes then say how
 much slower whole steps are (one factor on both rates) and what each operation costs beside its work. With
-these, the clock predicts the training time of runs that played no part in the calibration.
+these, the clock predicts how long the clients of runs work that played no part in the calibration.
 """
 
 import os
@@ -33,7 +33,14 @@ from fedexperts.running.workbench import open_workbench
 
 BATCH_SIZES = (2, 6, 16)
 """Of the turns that calibrate; the runs that are predicted have 8."""
-METHODS = ("fedavg", "fedavg_experts")
+RUNS: Mapping[str, tuple[str, ...]] = {
+    "fedavg": (),
+    "fedavg_experts": (),
+    "fmd": ("algorithm.cache_gb=0.004",),
+    "flux": ("algorithm.num_tuned=8", "algorithm.merged_per_layer=2"),
+}
+"""Methods whose runs are predicted, and their settings: a cache of some experts, a small role for Flux."""
+NO_WORK = {"transport", "download", "upload", "wait", "total"}
 COPIED_BYTES = 2**28
 
 
@@ -68,7 +75,9 @@ def measure(
             str(size): {"measured": seconds, "predicted": slowdown * roofline + operation * count}
             for size, (roofline, count, seconds) in zip(BATCH_SIZES, points, strict=True)
         },
-        "runs": {method: _against(bench_config(model, method, *few), device) for method in METHODS},
+        "runs": {
+            method: _against(bench_config(model, method, *few, *own), device) for method, own in RUNS.items()
+        },
     }
 
 
@@ -139,13 +148,13 @@ def _calibrated(best: Device, slowdown: float, operation: float) -> Device:
 
 
 def _against(config: RunConfig, device: Device) -> dict[str, float]:
-    """Return measured and simulated seconds of all local training of a run, and what counting costs."""
+    """Return measured and simulated seconds of all work of a run's clients, and what counting costs."""
     overrides = [
         "clock.device=custom",
         *(f"clock.custom.{name}={rate}" for name, rate in vars(device).items()),
     ]
-    measured = _train_seconds(config)
-    with_clock = _train_seconds(build_config(to_table(config), "benchmarks/clock.py", overrides))
+    measured = _work_seconds(config)
+    with_clock = _work_seconds(build_config(to_table(config), "benchmarks/clock.py", overrides))
     return {
         "measured": measured["seconds"],
         "simulated": with_clock["simulated_seconds"],
@@ -154,12 +163,12 @@ def _against(config: RunConfig, device: Device) -> dict[str, float]:
     }
 
 
-def _train_seconds(config: RunConfig) -> dict[str, float]:
+def _work_seconds(config: RunConfig) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         run_experiment(config, Path(folder) / "run", progress=QuietProgress())
         lines = read_lines(Path(folder) / "run" / "clients.jsonl")
     return {
-        name: sum(line[name]["train"] for line in lines)
+        name: sum(seconds for line in lines for phase, seconds in line[name].items() if phase not in NO_WORK)
         for name in ("seconds", "simulated_seconds")
         if name in lines[0]
     }
@@ -196,7 +205,7 @@ def _error_table(figures: Figures) -> Table:
         for method, one in figures["runs"].items()
     ]
     return Table(
-        title="Seconds of local training, measured and simulated",
+        title="Seconds of the clients' work, measured and simulated",
         columns=("", "measured", "simulated", "error", "counting adds"),
         rows=tuple(rows),
     )
