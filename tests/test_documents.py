@@ -132,38 +132,62 @@ def test_the_tables_of_the_three_worlds_are_what_was_measured(world, start, end)
     assert rows_of("docs/results.md", start, end) == {method: cells(method) for method in METHODS}
 
 
-FLUX = [
-    json.loads(line.rstrip(","))
-    for line in (ROOT / "experiments/flux/results.json").read_text().split("\n")[1:-2]
-]
+FLUX = json.loads((ROOT / "experiments/flux/results.json").read_text())
+PRIVACY = json.loads((ROOT / "experiments/privacy/results.json").read_text())
+
+
+def seeds_of(measured, variant):
+    """Return the numbers of a variant's runs."""
+    return [run["numbers"] for run in measured if run["name"].startswith(f"{variant}-seed-")]
+
+
+def told(runs, quantity, factor=100, digits=1):
+    """Return mean ± standard deviation over the seeds that have a quantity, or nothing if none has it."""
+    own = [factor * run[quantity] for run in runs if quantity in run]
+    return f"{statistics.mean(own):.{digits}f} ± {statistics.stdev(own):.{digits}f}" if own else ""
 
 
 def flux_cells(method):
-    """Cells after the memory, from the numbers of a method's seeds."""
-    runs = [run["numbers"] for run in FLUX if run["name"].startswith(f"{method}-seed-")]
-
-    def told(quantity, factor, digits):
-        own = [factor * run[quantity] for run in runs if quantity in run]
-        return f"{statistics.mean(own):.{digits}f} ± {statistics.stdev(own):.{digits}f}" if own else ""
-
+    """Return the cells after the memory."""
+    runs = seeds_of(FLUX, method)
     turns = [{k.rpartition(".")[2]: s for k, s in run.items() if "seconds_by_phase" in k} for run in runs]
     transfers = [turn["download"] + turn["upload"] for turn in turns]
     work = [turn["total"] - transfer for turn, transfer in zip(turns, transfers, strict=True)]
-    num_bytes = told("clock.bytes_to_target", 1e-6, 0)
+    num_bytes = told(runs, "clock.bytes_to_target", 1e-6, 0)
     return [
-        told("mean.rougeL_before", 100, 1),
-        told("mean.shared_facts_after", 100, 1),
-        told("retention.exam_free.personalised", 100, 1),
-        told("clock.seconds_to_target", 1, 3) or "never",
+        told(runs, "mean.rougeL_before"),
+        told(runs, "mean.shared_facts_after"),
+        told(runs, "retention.exam_free.personalised"),
+        told(runs, "clock.seconds_to_target", 1, 3) or "never",
         f"{num_bytes} MB" if num_bytes else "–",
         f"{1000 * statistics.mean(work):.1f} ms",
         f"{1000 * statistics.mean(transfers):.0f} ms",
     ]
 
 
-def test_the_table_of_flux_and_its_rivals_is_what_was_measured():
+def privacy_cells(variant):
+    """Return the cells after the noise."""
+    runs = seeds_of(PRIVACY, variant)
+    epsilon = {f"{run['privacy.epsilon']:,.3g}" for run in runs if "privacy.epsilon" in run}
+    names = (
+        "mean.rougeL_before",
+        "mean.rougeL_after",
+        "mean.style_after",
+        "retention.exam_free.personalised",
+    )
+    return [*(epsilon or {"none"}), *(told(runs, name) for name in names)]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "measured", "cells_of"),
+    [
+        ("## Flux beside", "## Eight clients", FLUX, flux_cells),
+        ("## Differential privacy", "## Asynchronous", PRIVACY, privacy_cells),
+    ],
+)
+def test_a_table_of_variants_is_what_was_measured(start, end, measured, cells_of):
     text = (ROOT / "docs/results.md").read_text()
-    table = text[text.index("## Flux beside") : text.index("## Eight clients")].splitlines()
+    table = text[text.index(start) : text.index(end)].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith("| `")]
-    shown = {method.strip("`"): cells for method, _, *cells in rows}
-    assert shown == {method: flux_cells(method) for method in {run["name"].split("-")[0] for run in FLUX}}
+    shown = {variant.strip("`"): cells for variant, _, *cells in rows}
+    assert shown == {one: cells_of(one) for one in {run["name"].split("-seed-")[0] for run in measured}}

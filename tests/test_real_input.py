@@ -101,7 +101,13 @@ def config_of(model, source, method, **sections):
         },
         "training": {"num_local_steps": 2, "batch_size": 4, "lr": 1e-2},
         "algorithm": {"name": method},
-        "evaluation": {"max_new_tokens": 4, "max_test_examples": 3, "matrix": False},
+        "evaluation": {
+            "max_new_tokens": 4,
+            "max_test_examples": 3,
+            "matrix": False,
+            "exam": {"num_questions": 2},
+            "retention": {"num_free_questions": 1, "num_neutral": 1},
+        },
     }
     return build_config(table | sections, "test.toml")
 

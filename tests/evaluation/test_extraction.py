@@ -141,6 +141,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_the_command_tests_every_model_of_a_run(make_config, tmp_path, quiet, capsys):
     folder = tmp_path / "run"
     config = make_config("flex", *SMALL, "evaluation.exam.num_questions=2", "data.num_canaries=1")

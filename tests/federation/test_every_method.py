@@ -86,7 +86,7 @@ def method(request):
 
 
 OF_EACH_KIND = {"fedamole", "fedavg_experts", "fedrep", "flex", "flora", "flux", "scaffold"}
-"""Methods whose state differs in kind: the fast tests take these over Flower, the slow ones all others."""
+"""Methods whose state differs in kind: fast tests take these over Flower and export them, slow ones all."""
 
 
 def of_each_kind():
@@ -132,15 +132,12 @@ def test_it_reaches_another_process_as_it_is(make_config, method):
 
 def test_a_run_keeps_its_promises(method, make_config, tmp_path, quiet, uploads, leaving):
     config, folder = config_of(make_config, method), tmp_path / "run"
-    predicted = check_experiment(config)
     result = run_experiment(config, folder, progress=quiet)
 
     assert result["failures"] == []
     assert result["frozen_unchanged"], "the resident model is as it was loaded"
     for direction in ("upload", "download"):
         assert result["bytes"][f"{direction}_counted"] == result["bytes"][f"{direction}_predicted"] > 0
-    first = [line for line in read_lines(folder / "clients.jsonl") if line["round"] == 1]
-    assert [line["upload_bytes"] for line in first] == [one.upload for one in predicted.bytes]
     assert result["parameters"]["trained"] > 0
 
     kept = [read_kept(path) for path in folder.glob("clients/*/personal-round-*.safetensors")]
@@ -148,6 +145,15 @@ def test_a_run_keeps_its_promises(method, make_config, tmp_path, quiet, uploads,
     assert not own & uploads["tensors"], "a personal parameter was sent"
     if method in ALGORITHMS:
         assert leaving.table() == expected_of(method), f"what leaves a site with {method} has changed"
+
+
+@pytest.mark.parametrize("method", of_each_kind())
+def test_check_says_what_a_run_sends_and_the_export_computes_as_the_run(method, make_config, tmp_path, quiet):
+    config, folder = config_of(make_config, method), tmp_path / "run"
+    predicted = check_experiment(config)
+    run_experiment(config, folder, progress=quiet)
+    first = [line for line in read_lines(folder / "clients.jsonl") if line["round"] == 1]
+    assert [line["upload_bytes"] for line in first] == [one.upload for one in predicted.bytes]
 
     export_client(folder, "client-001", tmp_path / "out")
     tokens = torch.arange(3, 40).unsqueeze(0)

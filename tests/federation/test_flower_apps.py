@@ -44,6 +44,7 @@ def run_over_grid(config, folder, nodes=(0, 1, 2), wrap=lambda position, node: n
     return read_json(run.result)
 
 
+@pytest.mark.slow
 def test_a_run_over_flower_is_the_run_in_process(make_config, tmp_path, quiet):
     run_experiment(make_config("flex", "rounds=1"), tmp_path / "inprocess", progress=quiet)
     run_over_grid(make_config("flex", "rounds=1", "transport.name=flower"), tmp_path / "flower")
