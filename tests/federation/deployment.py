@@ -121,8 +121,11 @@ class Deployment:
         site = ["--data", f"{name}.jsonl", "--folder", f"site-{name}", "--keys", f"keys/{name}"]
         return ["site", "--server", address, *site, 'tell=["counts"]']
 
-    def go_on(self, plans, seconds):
-        """Take each queue of plans in order; start again what has ended, until there is a result."""
+    def go_on(self, plans, seconds, least=1.0):
+        """Take each queue of plans in order; start again what has ended, until there is a result.
+
+        At least this share of the points has to find whom it kills.
+        """
         deadline, queues = time.monotonic() + seconds, {name: list(plans[name]) for name in plans}
         while self.programs["server"].poll() != 0:
             assert time.monotonic() < deadline, self.last_words()
@@ -135,8 +138,7 @@ class Deployment:
             time.sleep(0.05)
         assert not list(self.folder.glob("plan-*.json")), "a point did not come"
         deaths = read_lines(self.folder / "deaths.jsonl")
-        assert len(deaths) == sum(map(len, plans.values()))
-        assert all(death["killed"] for death in deaths), deaths
+        assert sum(death["killed"] > 0 for death in deaths) >= least * sum(map(len, plans.values())), deaths
 
     def last_words(self):
         logs = [self.folder / f"{name}.log" for name in self.programs]
