@@ -133,6 +133,7 @@ def test_the_tables_of_the_three_worlds_are_what_was_measured(world, start, end)
 
 
 FLUX = json.loads((ROOT / "experiments/flux/results.json").read_text())
+ASYNCHRONOUS = json.loads((ROOT / "experiments/asynchronous/results.json").read_text())
 PRIVACY = json.loads((ROOT / "experiments/privacy/results.json").read_text())
 
 
@@ -177,11 +178,25 @@ def privacy_cells(variant):
     return [told(runs, name) for name in names]
 
 
+def asynchronous_cells(server):
+    """Return the cells after the uploads of a step."""
+    runs = seeds_of(ASYNCHRONOUS, server)
+    num_reached = sum("clock.seconds_to_target" in run for run in runs)
+    return [
+        told(runs, "clock.seconds", 1, 2),
+        told(runs, "mean.loss_before", 1, 3),
+        told(runs, "clock.seconds_to_target", 1, 2)
+        if num_reached == len(runs)
+        else f"{num_reached} of {len(runs)}",
+    ]
+
+
 @pytest.mark.parametrize(
     ("start", "end", "measured", "cells_of"),
     [
         ("## Flux beside", "## Differential privacy", FLUX, flux_cells),
         ("## Differential privacy", "## Asynchronous", PRIVACY, privacy_cells),
+        ("## Asynchronous", "## Eight clients", ASYNCHRONOUS, asynchronous_cells),
     ],
 )
 def test_a_table_of_variants_is_what_was_measured(start, end, measured, cells_of):
