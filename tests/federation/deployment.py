@@ -146,7 +146,7 @@ class Deployment:
         return "\n".join(f"{path}:\n{path.read_text()[-1500:]}" for path in logs if path.exists())
 
     def identity(self):
-        """What a run must share with an uninterrupted one, at the server and at its sites."""
+        """Return what a run must share with an uninterrupted one, at the server and at its sites."""
         result = read_json(self.run / "result.json")
         names = ("server_state_sha256", "personal_sha256", "mean", "exam", "bytes", "failures")
         found = {name: result[name] for name in names}

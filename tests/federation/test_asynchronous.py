@@ -51,7 +51,7 @@ def asynchronous_settings(**given):
     return AsynchronousSettings(**{"buffer": 2, **given})
 
 
-# Who comes when
+# Order of uploads by the clock
 
 
 class Clients:

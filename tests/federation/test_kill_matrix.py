@@ -89,7 +89,7 @@ def of_site(site):
 
 @pytest.fixture(scope="module")
 def whole(make_config, tmp_path_factory):
-    """What the federation ends with when nobody dies."""
+    """Return what the federation ends with when nobody dies."""
     with deployed(config_of(make_config), tmp_path_factory.mktemp("whole") / "federation") as federation:
         federation.go_on({}, 300)
         return federation.identity()

@@ -86,10 +86,13 @@ def test_clients_that_come_back_under_new_ids_are_taken_back_in(caplog):
     assert [message.metadata.dst_node_id for message in grid.pushed[pushed:]] == [5, 97, 96]
 
 
+def without_data(message):
+    return pack(encode_upload(Upload(failure="has no data")))
+
+
 def test_a_new_node_that_is_no_client_takes_nobodys_place(caplog):
     grid, carried = three()
-    fails = lambda message: pack(encode_upload(Upload(failure="has no data")))  # noqa: E731
-    grid.nodes = {5: node(0), 7: node(2), 96: fails, 97: node(3, 4)}
+    grid.nodes = {5: node(0), 7: node(2), 96: without_data, 97: node(3, 4)}
     grid.clock.at(20.0, grid, {**grid.nodes, 98: node(1)})
     assert positions(carried.exchange(train(ids(carried)))) == [0.0, 1.0, 2.0]
     assert "Flower node 96: has no data" in caplog.messages

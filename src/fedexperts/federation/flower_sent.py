@@ -1,4 +1,4 @@
-"""What a server waits for: downloads on their way to Flower's nodes, and answers that may be lost."""
+"""Downloads on their way to Flower's nodes, how long a server waits for the answers, and lost ones."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ LOST = {
     5: "its node is no longer connected: ",
     8: "its turn was killed: ",
 }
-"""What Flower's codes of errors mean that stand for the answer of a node which may come back."""
+"""Flower's error codes that stand for the answer of a node which may come back, and what each means."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,12 +149,8 @@ class FlowerTransport:
         return sent
 
     def _push(self, sent: SentDownload, node_id: int) -> None:
-        blob, sent.node_id, sent.asked_at, sent.probe_id = (
-            encode_download(sent.download),
-            node_id,
-            self._clock(),
-            "",
-        )
+        blob = encode_download(sent.download)
+        sent.node_id, sent.asked_at, sent.probe_id = node_id, self._clock(), ""
         sent.num_bytes, sent.message_id = len(blob), self._pushed(sent, sent.download, blob)
         if not sent.message_id:
             sent.failure = "Flower did not take its download"

@@ -1,4 +1,4 @@
-"""How late uploads were in runs whose server does not wait: a table, and curves over its steps."""
+"""Show the age of uploads in runs whose server does not wait: a table, and curves over its steps."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

@@ -138,7 +138,7 @@ def _seal(run: RunDirectory, clients: Collection[str]) -> None:
     Uploads that are under way, and what they began from, go too: the run is not gone on with.
     """
     record = read_record(run.checkpoint)
-    own = {f"{run.state.name}/{record[part]}" for part in ("state", "beside")}
+    last_state = {f"{run.state.name}/{record[part]}" for part in ("state", "beside")}
     facts = [
         own | {"num_train": 0, "memory_bytes": 0} if own["client_id"] in clients else own
         for own in record["clients"]
@@ -147,7 +147,7 @@ def _seal(run: RunDirectory, clients: Collection[str]) -> None:
         "clients": facts,
         "kept_rounds": _without(record["kept_rounds"], clients),
         "logs": {path.name: growing.seal() for path, growing in run.log_hashes.items()},
-        "files": {name: seal for name, seal in record["files"].items() if name in own or "/" not in name},
+        "files": {name: seal for name, seal in record["files"].items() if name in last_state or "/" not in name},
         "forgotten": sorted({*record.get("forgotten", []), *clients}),
     }
     changed.pop("under_way", None)

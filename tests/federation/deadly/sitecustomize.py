@@ -15,12 +15,12 @@ from pathlib import Path
 FOLDER = os.environ.get("DEADLY_FOLDER", "")
 ME = "\0".join(sys.orig_argv)
 PATHS = {"open": 0, "os.rename": 1, "os.remove": 0}
-"""Events of files, and which argument has the path."""
+"""Events of files, and the argument that has the path."""
 _busy = []
 
 
 def place_of(event, arguments):
-    """What is imported or written in the deployment's folder; nothing for any other event."""
+    """Return what is imported, or written in the deployment's folder; nothing for any other event."""
     if event == "import":
         return arguments[0] if arguments[0].startswith("fedexperts") else ""
     if event not in PATHS or isinstance(arguments[PATHS[event]], int):
