@@ -147,7 +147,9 @@ def _seal(run: RunDirectory, clients: Collection[str]) -> None:
         "clients": facts,
         "kept_rounds": _without(record["kept_rounds"], clients),
         "logs": {path.name: growing.seal() for path, growing in run.log_hashes.items()},
-        "files": {name: seal for name, seal in record["files"].items() if name in last_state or "/" not in name},
+        "files": {
+            name: seal for name, seal in record["files"].items() if name in last_state or "/" not in name
+        },
         "forgotten": sorted({*record.get("forgotten", []), *clients}),
     }
     changed.pop("under_way", None)
