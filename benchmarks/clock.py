@@ -1,15 +1,20 @@
 """The simulated clock against this machine: measure its rates, calibrate them, and predict measured runs.
 
-A product of two large matrices and a large copy give the best rates. Turns at three batch sizes then say how
-much slower whole steps are (one factor on both rates) and what each operation costs beside its work. With
-these, the clock predicts how long the clients of runs work that played no part in the calibration.
+A product of two large matrices and a large copy give the best rates. Turns of three methods at three batch
+sizes then say how much slower whole turns are (one factor on both rates) and what each operation costs beside
+its work, in training and outside of it. With these, the clock predicts how long the clients of runs work that
+played no part in the calibration. All of it takes one thread: what threads cost each other depends on the
+size of every operation, which two numbers cannot say.
 """
 
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +43,11 @@ RUNS: Mapping[str, tuple[str, ...]] = {
     "fedavg_experts": (),
     "fmd": ("algorithm.cache_gb=0.004",),
     "flux": ("algorithm.num_tuned=8", "algorithm.merged_per_layer=2"),
+    "flex": (),
 }
 """Methods whose runs are predicted, and their settings: a cache of some experts, a small role for Flux."""
+CALIBRATING = ("fedavg", "fmd", "flux")
+"""Methods whose turns calibrate: whole batches through all experts, experts one by one, and no gradients."""
 NO_WORK = {"transport", "download", "upload", "wait", "total"}
 COPIED_BYTES = 2**28
 
@@ -53,32 +61,45 @@ def measure(
     rounds: int = 3,
 ) -> dict[str, Any]:
     """Rates of this machine, what calibration makes of them, and measured against predicted runs."""
-    torch.set_num_threads(THREADS)
-    best = _rates(copied_bytes)
-    few = (
-        f"training.num_local_steps={num_local_steps}",
-        f"rounds={rounds}",
-        "evaluation.retention.neutral=none",
-    )
-    points = [
-        _turn_cost(bench_config(model, "fedavg", *few, f"training.batch_size={size}"), best, repeats)
-        for size in BATCH_SIZES
-    ]
-    (slowdown, operation), _ = nnls([point[:2] for point in points], [point[2] for point in points])
-    # Without noise the factor is above 1; a machine that is busy while its rates are measured may say less.
-    device = _calibrated(best, max(slowdown, 1e-6), operation)
-    return {
-        "rates": vars(best),
-        "slowdown": slowdown,
-        "operation_us": operation * 1e6,
-        "turns": {
-            str(size): {"measured": seconds, "predicted": slowdown * roofline + operation * count}
-            for size, (roofline, count, seconds) in zip(BATCH_SIZES, points, strict=True)
-        },
-        "runs": {
-            method: _against(bench_config(model, method, *few, *own), device) for method, own in RUNS.items()
-        },
-    }
+    with one_thread():
+        best = _rates(copied_bytes)
+        few = (
+            "threads=1",
+            f"training.num_local_steps={num_local_steps}",
+            f"rounds={rounds}",
+            "evaluation.retention.neutral=none",
+        )
+        turns = {
+            f"{method}, batches of {size}": _turn(
+                bench_config(model, method, *few, *RUNS[method], f"training.batch_size={size}"), best, repeats
+            )
+            for method in CALIBRATING
+            for size in BATCH_SIZES
+        }
+        fitted = _fit(list(turns.values()))
+        device = _calibrated(best, fitted)
+        return {
+            "rates": vars(best),
+            **asdict(fitted),
+            "turns": {
+                name: {"measured": turn.seconds, "predicted": turn.predicted(fitted)}
+                for name, turn in turns.items()
+            },
+            "runs": {
+                method: _against(bench_config(model, method, *few, *own), device)
+                for method, own in RUNS.items()
+            },
+        }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run the block with one thread of torch."""
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(THREADS)
 
 
 def _rates(copied_bytes: int) -> Device:
@@ -123,28 +144,85 @@ def _disk_rate(num_bytes: int) -> float:
         return num_bytes / (time.perf_counter() - started) / 1e9
 
 
-def _turn_cost(config: RunConfig, best: Device, repeats: int) -> tuple[float, int, float]:
-    """Return seconds at the best rates, number of operations, and median measured seconds of a turn."""
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """Numbers that the calibration finds."""
+
+    slowdown: float
+    """Factor by which whole turns are slower than the best rates."""
+    operation_us: float
+    no_grad_operation_us: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountedTurn:
+    """One client's turn: its counted work, and its measured time."""
+
+    at_best_rates: float
+    """Seconds of all operations at the best rates."""
+    moving: float
+    """Seconds in which bytes move from main memory or disk."""
+    num_training: int
+    num_no_grad: int
+    seconds: float
+    """Measured: the median."""
+
+    def columns(self) -> tuple[float, float, float]:
+        """Return what the numbers of :class:`Fitted` are multiplied with, in their order."""
+        return self.at_best_rates, self.num_training / 1e6, self.num_no_grad / 1e6
+
+    def predicted(self, fitted: Fitted) -> float:
+        """Return the turn's seconds by the calibration."""
+        return self.moving + sum(a * b for a, b in zip(astuple(fitted), self.columns(), strict=True))
+
+
+def _turn(config: RunConfig, best: Device, repeats: int) -> CountedTurn:
+    """Count and measure a client's first turn."""
     with tempfile.TemporaryDirectory() as folder, open_workbench(config, Stopwatch()) as bench:
         runtime, algorithm = bench.scorer(PersonalStore(Path(folder))).runtime, config.algorithm
         client_id = bench.data.client_ids[0]
-        state = algorithm.init(bench.parts, runtime.facts())
+        state = algorithm.plan_round(algorithm.init(bench.parts, runtime.facts()), bench.data.client_ids, 1)
         sent, meter, seconds = algorithm.download(state, client_id), WorkMeter(), []
         for number in range(repeats + 2):
             with runtime.turn(client_id, 1) as turn, counting(meter if number == 0 else None):
                 started = time.perf_counter()
                 algorithm.client_update(turn.client, Kept(), sent)
                 seconds.append(time.perf_counter() - started)
-        work = meter.work(best)["train"]
+    work, numbers = meter.work(best).values(), Counter[bool]()
+    for one, count in meter.operations.items():
+        numbers[one.has_grad] += count
+    moving = sum(best.moving_seconds(host_bytes=own.host_bytes, disk_bytes=own.disk_bytes) for own in work)
+    return CountedTurn(
+        at_best_rates=sum(own.seconds for own in work) - moving,
+        moving=moving,
+        num_training=numbers[True],
+        num_no_grad=numbers[False],
         # The first turn was counted, which slows it, and the second warms up.
-        return work.seconds, meter.operations.total(), statistics.median(seconds[2:])
+        seconds=statistics.median(seconds[2:]),
+    )
 
 
-def _calibrated(best: Device, slowdown: float, operation: float) -> Device:
+def _fit(turns: Sequence[CountedTurn]) -> Fitted:
+    """Return the numbers, none below 0, with the least sum of squared relative errors."""
+    rows = [[value / turn.seconds for value in turn.columns()] for turn in turns]
+    found, _ = nnls(rows, [1 - turn.moving / turn.seconds for turn in turns])
+    # Without noise the factor is above 1; a machine that is busy while its rates are measured may say less.
+    return Fitted(
+        slowdown=max(found[0], 1e-6), operation_us=float(found[1]), no_grad_operation_us=float(found[2])
+    )
+
+
+def _calibrated(best: Device, fitted: Fitted) -> Device:
     slower = {
-        name: getattr(best, name) / slowdown for name in ("half_tflops", "float32_tflops", "memory_gb_per_s")
+        name: getattr(best, name) / fitted.slowdown
+        for name in ("half_tflops", "float32_tflops", "memory_gb_per_s")
     }
-    return Device(**{**vars(best), **slower, "operation_us": operation * 1e6})
+    return replace(
+        best,
+        **slower,
+        operation_us=fitted.operation_us,
+        no_grad_operation_us=fitted.no_grad_operation_us,
+    )
 
 
 def _against(config: RunConfig, device: Device) -> dict[str, float]:
@@ -185,16 +263,17 @@ def _rate_table(figures: Figures) -> Table:
         ("matrix products in float32, GFLOP/s", f"{1e3 * rates['float32_tflops']:,.0f}"),
         ("copies in memory, GB/s", f"{rates['memory_gb_per_s']:.1f}"),
         ("reading from disk, GB/s", f"{rates['disk_gb_per_s']:.2f}"),
-        ("whole steps are slower by", f"{figures['slowdown']:.2f}"),
-        ("each operation beside its work, 10^-6 s", f"{figures['operation_us']:.1f}"),
+        ("whole turns are slower by", f"{figures['slowdown']:.2f}"),
+        ("each operation of training beside its work, 10^-6 s", f"{figures['operation_us']:.1f}"),
+        ("each operation without gradients, 10^-6 s", f"{figures['no_grad_operation_us']:.1f}"),
     ]
     return Table(title="This machine", columns=("", "value"), rows=tuple(rows))
 
 
 def _error_table(figures: Figures) -> Table:
     rows = [
-        (f"calibration: a turn with batches of {size}", *_pair(one["measured"], one["predicted"]), "")
-        for size, one in figures["turns"].items()
+        (f"calibration: a turn of {name}", *_pair(one["measured"], one["predicted"]), "")
+        for name, one in figures["turns"].items()
     ]
     rows += [
         (

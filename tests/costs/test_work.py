@@ -1,5 +1,7 @@
 """Work counted while operations run is what can be computed by hand from their shapes."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch.nn import functional
@@ -129,6 +131,25 @@ def test_every_operation_may_have_a_cost_of_its_own():
     assert meter.work(device)["train"].seconds == pytest.approx(0.003 + 20 / 1e6)
 
 
+def test_an_operation_without_gradients_may_cost_less():
+    weight, inputs = torch.ones(2, 2, requires_grad=True), torch.ones(2, 2)
+
+    def turn():
+        (weight @ inputs).sum().backward()
+        with torch.no_grad():
+            _ = weight @ inputs
+
+    meter = counted(turn)
+    flops, numbers = Counter(), Counter()
+    for one, count in meter.operations.items():
+        flops[one.has_grad] += one.flops * count
+        numbers[one.has_grad] += count
+    assert flops == {True: 2 * 16, False: 16}
+    costs = {"operation_us": 1000.0, "no_grad_operation_us": 10.0}
+    added = meter.work(Device(**RATES, **costs))["train"].seconds - meter.work(SLOW)["train"].seconds
+    assert added == pytest.approx(1e-3 * numbers[True] + 1e-5 * numbers[False])
+
+
 def test_work_survives_its_way_through_a_message():
     work = {"train": PhaseWork(flops=3, seconds=0.1), "load": PhaseWork(host_bytes=4, disk_bytes=5)}
     assert from_figures(as_figures(work)) == work
@@ -184,7 +205,7 @@ def test_counting_changes_no_bit_of_local_steps():
     assert all(torch.equal(plain[name], metered[name]) for name in plain)
 
 
-@pytest.mark.parametrize("name", ["disk_gb_per_s", "operation_us"])
+@pytest.mark.parametrize("name", ["disk_gb_per_s", "operation_us", "no_grad_operation_us"])
 def test_a_rate_that_nothing_can_be_divided_by_is_refused(name):
     with pytest.raises(UserError, match=f"{name} must be"):
         Device(**{**RATES, name: -1.0})

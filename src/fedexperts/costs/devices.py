@@ -45,13 +45,16 @@ class Device:
     """Bandwidth to the server, in 10^6 bits per second."""
     operation_us: float = 0.0
     """Time that each operation takes beside its work, such as its launch, in 10^-6 seconds."""
+    no_grad_operation_us: float | None = None
+    """The same for operations outside the forward and backward passes of training, such as those of a
+    profile; without it `operation_us`."""
 
     def __post_init__(self) -> None:
         """Refuse rates that nothing can be divided by."""
         for item in fields(self):
-            value = getattr(self, item.name)
-            if value < 0 or (value == 0 and item.name != "operation_us"):
-                least = "at least" if item.name == "operation_us" else "above"
+            value, may_be_zero = getattr(self, item.name), item.name.endswith("operation_us")
+            if value is not None and (value < 0 or (value == 0 and not may_be_zero)):
+                least = "at least" if may_be_zero else "above"
                 raise UserError(f"{item.name} must be {least} 0, not {value:g}")
 
     @property
@@ -68,11 +71,13 @@ class Device:
         half, full = self.half_tflops * utilisation, self.float32_tflops * utilisation
         return replace(self, half_tflops=half, float32_tflops=full)
 
-    def operation_seconds(self, *, flops: int, num_bytes: int, is_half: bool) -> float:
-        """Return the time of one operation: the longer of its arithmetic and its memory traffic."""
+    def operation_seconds(self, *, flops: int, num_bytes: int, is_half: bool, has_grad: bool = True) -> float:
+        """Return the time of one operation: the longer of its arithmetic and its memory traffic, and what it
+        takes beside."""
         rate = self.half_tflops if is_half else self.float32_tflops
         busy = max(flops / (rate * TERA), num_bytes / (self.memory_gb_per_s * GIGA))
-        return busy + self.operation_us * MICRO
+        no_grad_us = self.operation_us if self.no_grad_operation_us is None else self.no_grad_operation_us
+        return busy + (self.operation_us if has_grad else no_grad_us) * MICRO
 
     def moving_seconds(self, *, host_bytes: int, disk_bytes: int) -> float:
         """Return the time of bytes that move between disk, main memory and the model's memory."""

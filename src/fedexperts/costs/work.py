@@ -36,6 +36,14 @@ class Operation(NamedTuple):
     flops: int
     num_bytes: int
     """Read from and written to the memory that holds the model."""
+    has_grad: bool
+    """Whether it is part of a forward pass that records gradients, or of a backward pass."""
+
+    def seconds(self, device: Device) -> float:
+        """Return its time on ``device``."""
+        return device.operation_seconds(
+            flops=self.flops, num_bytes=self.num_bytes, is_half=self.is_half, has_grad=self.has_grad
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +100,8 @@ class WorkMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         formula = _FORMULAS.get(func)
         flops = formula(args, kwargs, made) if formula else 0
         is_half = flops > 0 and inputs[0].dtype in _HALF
-        self.operations[Operation(self._phase_now(), is_half, flops, _TRAFFIC[kind](inputs, outputs))] += 1
+        traffic = _TRAFFIC[kind](inputs, outputs)
+        self.operations[Operation(self._phase_now(), is_half, flops, traffic, _has_grad())] += 1
 
     def _phase_now(self) -> str:
         """Return the phase under way; a backward pass in a thread of its own belongs to the last one seen."""
@@ -115,10 +124,7 @@ class WorkMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             {place: self.moved[phase, place, is_ahead] for place in ("host", "disk")}
             for is_ahead in (False, True)
         )
-        seconds = [
-            count * device.operation_seconds(flops=one.flops, num_bytes=one.num_bytes, is_half=one.is_half)
-            for one, count in sorted(own.items())
-        ]
+        seconds = [count * one.seconds(device) for one, count in sorted(own.items())]
         return PhaseWork(
             flops=sum(one.flops * count for one, count in own.items()),
             memory_bytes=sum(one.num_bytes * count for one, count in own.items()),
@@ -175,6 +181,11 @@ def from_figures(figures: Mapping[str, float]) -> dict[str, PhaseWork]:
         phase, _, name = key.rpartition(".")
         found.setdefault(phase, {})[name] = value if name == "seconds" else int(value)
     return {phase: PhaseWork(**own) for phase, own in found.items()}
+
+
+def _has_grad() -> bool:
+    # A backward pass runs with gradients off; torch knows the node of the graph that it is at.
+    return torch.is_grad_enabled() or torch._C._current_autograd_node() is not None
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
