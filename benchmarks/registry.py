@@ -20,6 +20,7 @@ from benchmarks import (
     selection,
     server_memory,
     slots,
+    transports,
     utility,
     workers,
 )
@@ -100,6 +101,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         measure=utility.measure,
         tables=utility.tables,
         quick={"seeds": 1, "num_examples": 2, "repeats": 1, "pairs": (1,)},
+    ),
+    "transports": Benchmark(
+        measure=transports.measure, tables=transports.tables, quick={"rounds": 1, "num_local_steps": 1}
     ),
     "slots": Benchmark(
         measure=slots.measure, tables=slots.tables, quick={"repeats": 1, "num_steps": 1, "length": 8}
