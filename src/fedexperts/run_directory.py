@@ -206,6 +206,7 @@ class RunDirectory:
         self.clients = path / "clients.jsonl"
         self.checkpoint = path / "checkpoint.json"
         self.result = path / "result.json"
+        self.extraction = path / "extraction.json"
         self.state = path / "state"
         self.under_way = path / "under_way"
         self.client_folders = path / "clients"

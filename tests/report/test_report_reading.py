@@ -7,6 +7,8 @@ import pytest
 from synthetic_runs import make_result, write_run, write_suite, write_unfinished
 
 from fedexperts.errors import UserError
+from fedexperts.report.extraction import method_extraction_table
+from fedexperts.report.grouping import methods_of
 from fedexperts.report.reading import progress_of, read_run, read_suite
 
 
@@ -112,3 +114,20 @@ def test_what_an_algorithm_measured_is_averaged_over_clients_place_by_place(run_
         "gate": {1: [2.0, 2.0]},
         "deep": {1: [[1.0], [2.0, 4.0]]},
     }
+
+
+def asked(model, rate, similarity):
+    own = {"num_texts": 2, "num_extracted": 0, "rate": rate, "mean_best_similarity": similarity}
+    return {"model": model, "planted": own, "not_planted": own | {"rate": 0.0, "mean_best_similarity": 0.25}}
+
+
+def test_an_extraction_test_is_told_as_means_over_clients_and_beside_them_the_server(run_directory):
+    models = [asked("a", 0.5, 0.8), asked("b", 1.0, 0.9), asked("server", 0.0, 0.3)]
+    (run_directory / "extraction.json").write_text(json.dumps({"models": models}))
+    suite = read_suite(run_directory)
+    (table,) = method_extraction_table(methods_of(suite.runs))
+    assert table.titles[1:3] == ("clients' own models", "best similarity, clients' own")
+    assert table.rows[0][1:] == ("75.0", "0.850", "0.250", "0.0", "0.300", "0.250")
+    (run_directory / "extraction.json").write_text('{"models": [{"model": "a"}]}')
+    with pytest.raises(UserError, match=r"extraction\.json is not the file of an extraction test"):
+        read_run(run_directory)

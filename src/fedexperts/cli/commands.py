@@ -217,12 +217,13 @@ def extract(given: Namespace) -> int:
     from fedexperts.evaluation.extraction import ExtractionSettings
     from fedexperts.report import terminal_table
     from fedexperts.report.extraction import extraction_table
-    from fedexperts.running.extraction import EXTRACTION, extract_from_run
+    from fedexperts.run_directory import RunDirectory
+    from fedexperts.running.extraction import extract_from_run
 
     settings = ExtractionSettings(prefix_tokens=given.prefix, num_generations=given.generations)
     found = extract_from_run(given.run_dir, settings)
     _stdout().print(terminal_table(extraction_table(found)))
-    print(f"written: {given.run_dir / EXTRACTION}")
+    print(f"written: {RunDirectory(given.run_dir).extraction}")
     return OK
 
 

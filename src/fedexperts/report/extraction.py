@@ -1,9 +1,10 @@
-"""Make the table of an extraction test."""
+"""Make the tables of extraction tests: of one run, and of the methods of a suite."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedexperts.report.tables import Table, make_table
+from fedexperts.report.grouping import Method, paths_in
+from fedexperts.report.tables import Table, make_table, method_table
 
 _TITLES = ("model", "canaries", "extracted", "best similarity", "of others extracted", "best similarity")
 
@@ -25,6 +26,12 @@ def extraction_table(found: Mapping[str, Any]) -> Table:
         for row in found["models"]
     ]
     return make_table(caption, _TITLES, rows)
+
+
+def method_extraction_table(methods: Sequence[Method]) -> list[Table]:
+    """Return a row for each method: shares of canaries that its models gave away; no table without a test."""
+    caption = "Canaries extracted from clients' own models, the server's and the pretrained one"
+    return method_table(caption, methods, paths_in(methods, "extraction"))
 
 
 def _figures(own: Mapping[str, float]) -> list[str]:

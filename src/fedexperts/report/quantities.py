@@ -38,13 +38,22 @@ TITLES = {
     "algorithm.memory_planned_bytes": "memory of the client's process: planned",
     "asynchronous.staleness_mean": "staleness of a step's uploads, mean",
     "asynchronous.staleness_max": "staleness of a step's uploads, largest",
+    "extraction.personal.planted_rate": "clients' own models",
+    "extraction.server.planted_rate": "server's model",
+    "extraction.base.planted_rate": "pretrained model",
+    "extraction.personal.planted_mean_best_similarity": "best similarity, clients' own",
+    "extraction.server.planted_mean_best_similarity": "best similarity, server's",
+    "extraction.base.planted_mean_best_similarity": "best similarity, pretrained",
+    "extraction.personal.not_planted_mean_best_similarity": "of canaries not trained on, clients' own",
+    "extraction.server.not_planted_mean_best_similarity": "of these, server's",
+    "extraction.base.not_planted_mean_best_similarity": "of these, pretrained",
     "algorithm.profile_error": "error of the profile that was used",
     "algorithm.profile_error_fresh": "error of a fresh profile in as few bits",
 }
 """Titles of what does not read well as it is spelled in the files."""
 
 _SECTIONS = ("mean.", "bytes.", "seconds.", "parameters.", "algorithm.", "num_")
-_POINTS = ("rougeL", "exact_match", "_facts_", "style_", "accuracy", "exam", "routing.share")
+_POINTS = ("rougeL", "exact_match", "_facts_", "style_", "accuracy", "exam", "routing.share", "planted_rate")
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 _SECONDS = ((5400.0, 3600.0, "h"), (90.0, 60.0, "min"), (0.0, 1.0, "s"))
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fedexperts.errors import UserError
@@ -22,6 +23,13 @@ TURN_TABLES = ("parts", "slots")
 """Tables of codes that an algorithm writes for each turn: a mean over clients would say nothing."""
 TURN_NUMBERS = ("memory_planned_bytes", "memory_peak_bytes")
 """Numbers that stand for a client and not for a round."""
+_OF_NO_CLIENT = ("server", "base")
+"""Models of an extraction test that are no client's own."""
+_EXTRACTED = (
+    ("planted", "rate"),
+    ("planted", "mean_best_similarity"),
+    ("not_planted", "mean_best_similarity"),
+)
 _REQUIRED = {"method": str, "seed": int, "settings": dict, "clients": dict, "mean": dict}
 
 
@@ -66,6 +74,8 @@ class Run:
     """The numbers of rounds.jsonl by dotted path."""
     environment: dict[str, Any] = field(default_factory=dict)
     ledger: Ledger | None = None
+    extraction: dict[str, float] = field(default_factory=dict)
+    """Numbers of ``extraction.json`` by dotted path; empty where no canaries were asked for."""
     folder: Path | None = None
     """The run directory; None for a result that was not read from one."""
 
@@ -76,8 +86,8 @@ class Run:
 
     @cached_property
     def numbers(self) -> dict[str, float]:
-        """Every number of the result by its dotted path."""
-        return numbers_of(self.result)
+        """Every number of the result by its dotted path, and those of an extraction test."""
+        return numbers_of(self.result) | self.extraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +179,26 @@ def read_run(directory: Path) -> Run:
         rounds={line["round"]: numbers_of(line) for line in _lines(paths.rounds)},
         environment=read_perhaps_sealed(paths.environment) if paths.environment.is_file() else {},
         ledger=_read_ledger(paths.clients),
+        extraction=_read_extraction(paths.extraction),
         folder=directory,
     )
+
+
+def _read_extraction(path: Path) -> dict[str, float]:
+    """Return rates and similarities by kind of model, with means over the clients' own models."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    try:
+        for row in read_json(path)["models"] if path.is_file() else ():
+            rows.setdefault(row["model"] if row["model"] in _OF_NO_CLIENT else "personal", []).append(row)
+        return {
+            f"extraction.{model}.{which}_{figure}": fmean(row[which][figure] for row in own)
+            for model, own in rows.items()
+            for which, figure in _EXTRACTED
+        }
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{path} is not the file of an extraction test; run `fedexperts extract` again"
+        ) from None
 
 
 def _read_result(path: Path) -> dict[str, Any]:

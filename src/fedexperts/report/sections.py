@@ -8,6 +8,7 @@ from fedexperts.report import figures, summary
 from fedexperts.report.clients import matrix_of, own_and_others, totals
 from fedexperts.report.clock import clock_figures, clock_sentences, clock_table
 from fedexperts.report.equal_terms import equal_tables
+from fedexperts.report.extraction import method_extraction_table
 from fedexperts.report.figures import Figure
 from fedexperts.report.forgetting import forgetting_figures
 from fedexperts.report.grouping import (
@@ -103,6 +104,7 @@ def _sections(suite: Suite, methods: Sequence[Method], compared: Sequence[Compar
     )
     yield Section(title="Equal terms", tables=equal_tables(suite, methods))
     yield Section(title="Retention", figures=retention_figures(methods), tables=retention_table(methods))
+    yield Section(title="Memorisation", tables=method_extraction_table(methods))
     yield Section(title="Rounds", figures=figures.round_curves(methods))
     yield Section(
         title="Paired differences",

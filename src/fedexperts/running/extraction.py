@@ -21,9 +21,6 @@ from fedexperts.seals import read_sealed
 
 Json = dict[str, Any]
 
-EXTRACTION = "extraction.json"
-"""File of the figures in the run directory."""
-
 
 def extract_from_run(run_directory: Path, settings: ExtractionSettings) -> Json:
     """Test each client's own model, the server's and the pretrained one; write ``extraction.json``.
@@ -55,7 +52,7 @@ def extract_from_run(run_directory: Path, settings: ExtractionSettings) -> Json:
         "copies": config.data.canary_copies,
         "models": rows,
     }
-    write_json(run.path / EXTRACTION, found, is_private=True)
+    write_json(run.extraction, found, is_private=True)
     return found
 
 
