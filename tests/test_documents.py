@@ -134,6 +134,7 @@ def test_the_tables_of_the_three_worlds_are_what_was_measured(world, start, end)
 
 FLUX = json.loads((ROOT / "experiments/flux/results.json").read_text())
 ASYNCHRONOUS = json.loads((ROOT / "experiments/asynchronous/results.json").read_text())
+CLOSED = json.loads((ROOT / "experiments/closed_gates/results.json").read_text())
 PRIVACY = json.loads((ROOT / "experiments/privacy/results.json").read_text())
 
 
@@ -166,6 +167,13 @@ def flux_cells(method):
     ]
 
 
+def closed_cells(run):
+    """Return the cells after what a run does; facts are asked for where some are shared."""
+    runs = seeds_of(CLOSED, run)
+    facts = ["–"] * 2 if run.startswith("disagree") else [told(runs, name) for name in FACTS[:2]]
+    return [told(runs, "mean.rougeL_after"), *facts, *(told(runs, name) for name in RETENTION)]
+
+
 def privacy_cells(variant):
     """Return the cells after the noise."""
     runs = seeds_of(PRIVACY, variant)
@@ -194,6 +202,7 @@ def asynchronous_cells(server):
 @pytest.mark.parametrize(
     ("start", "end", "measured", "cells_of"),
     [
+        ("## Gates that close", "## Flux beside", CLOSED, closed_cells),
         ("## Flux beside", "## Differential privacy", FLUX, flux_cells),
         ("## Differential privacy", "## Asynchronous", PRIVACY, privacy_cells),
         ("## Asynchronous", "## Eight clients", ASYNCHRONOUS, asynchronous_cells),
