@@ -135,6 +135,7 @@ def test_the_tables_of_the_three_worlds_are_what_was_measured(world, start, end)
 FLUX = json.loads((ROOT / "experiments/flux/results.json").read_text())
 ASYNCHRONOUS = json.loads((ROOT / "experiments/asynchronous/results.json").read_text())
 CLOSED = json.loads((ROOT / "experiments/closed_gates/results.json").read_text())
+EXTRACTION = json.loads((ROOT / "experiments/extraction/results.json").read_text())
 PRIVACY = json.loads((ROOT / "experiments/privacy/results.json").read_text())
 
 
@@ -186,6 +187,15 @@ def privacy_cells(variant):
     return [told(runs, name) for name in names]
 
 
+def extraction_cells(run):
+    """Return the cells after the noise."""
+    runs, cells = seeds_of(EXTRACTION, run), []
+    for model in ("personal", "server"):
+        cells.append(told(runs, f"extraction.{model}.planted_rate", 100, 0))
+        cells.append(told(runs, f"extraction.{model}.planted_mean_best_similarity", 1, 2))
+    return [*cells, told(runs, "mean.rougeL_before"), told(runs, "mean.rougeL_after")]
+
+
 def asynchronous_cells(server):
     """Return the cells after the uploads of a step."""
     runs = seeds_of(ASYNCHRONOUS, server)
@@ -204,7 +214,8 @@ def asynchronous_cells(server):
     [
         ("## Gates that close", "## Flux beside", CLOSED, closed_cells),
         ("## Flux beside", "## Differential privacy", FLUX, flux_cells),
-        ("## Differential privacy", "## Asynchronous", PRIVACY, privacy_cells),
+        ("## Differential privacy", "## Memorised", PRIVACY, privacy_cells),
+        ("## Memorised", "## Asynchronous", EXTRACTION, extraction_cells),
         ("## Asynchronous", "## Eight clients", ASYNCHRONOUS, asynchronous_cells),
     ],
 )
