@@ -62,7 +62,7 @@ COVERED_BY = {
     "moe/surgery": ["tests/moe"],
     "data/partition.py": ["tests/data/test_partition.py"],
     "data/batches.py": ["tests/data/test_batches.py"],
-    "evaluation": ["tests/evaluation"],
+    "evaluation": ["tests/evaluation", "tests/test_own_algorithm.py"],
 }
 """Tests that may notice a change in a folder or file; mutmut finds out which of them reach a function."""
 
