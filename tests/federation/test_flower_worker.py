@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -107,6 +109,13 @@ def test_an_interrupted_turn_ends_at_its_next_step_and_leaves_no_trace(make_conf
     assert (1, "client-001") not in turns
     assert (2, "client-001") in turns
     assert result["frozen_unchanged"]
+
+
+def test_a_worker_that_does_not_start_is_told_and_its_folder_is_its_owners_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(RuntimeError, match="the worker of this node could not be started"):
+        _started(tmp_path / "node", os.getpid())
+    assert stat.S_IMODE((tmp_path / "node").stat().st_mode) == 0o700
 
 
 @pytest.mark.slow
