@@ -17,7 +17,7 @@ from fedexperts.federation.checkpoint import load_checkpoint
 from fedexperts.federation.personal import read_kept
 from fedexperts.federation.snapshot import install_snapshot, read_snapshot, take_snapshot
 from fedexperts.messages import Sent
-from fedexperts.moe.choosing.selection import choose_by_routing, draw_experts
+from fedexperts.moe.choosing.selection import choose_by_routing, choose_experts, draw_experts
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.graft import GraftForm
 from fedexperts.moe.surgery.in_place import adapt_in_place
@@ -161,7 +161,9 @@ def test_choice_by_routing_is_that_of_counting_by_hand_and_skips_padding(make_co
     with torch.no_grad(), seam.watch_experts(parts.layers, see):
         parts.model(input_ids=ids, attention_mask=mask)
     expected = [tuple(sorted(sorted(t, key=lambda e: (-t[e], e))[:2])) for t in totals]
-    assert choose_by_routing(parts.model, parts.layers, [Tokens(ids, mask)], 2, score) == expected
+    batches = [Tokens(ids, mask)]
+    assert choose_by_routing(parts.model, parts.layers, batches, 2, score) == expected
+    assert choose_experts(score, parts.model, parts.layers, lambda: batches, 2, seed=0) == expected
 
 
 def test_a_random_choice_depends_on_client_and_layer_and_looks_at_nothing(make_config, tmp_path):
