@@ -10,15 +10,17 @@ import sys
 import threading
 import time
 from multiprocessing import Pipe
+from multiprocessing.connection import Listener
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from test_flower_apps import run_over_grid
 
 from fedexperts.federation import flower_worker
-from fedexperts.federation.flower_worker import Worker, watched
+from fedexperts.federation.flower_worker import Worker, _serve_all, watched
 from fedexperts.federation.interruption import INTERRUPTION
-from fedexperts.federation.warm import OTHER, TAKEN, WORKER_FILE, _started, ask_worker
+from fedexperts.federation.warm import OTHER, SERVER, TAKEN, WORKER_FILE, _running, _started, ask_worker
 from fedexperts.messages import decode_upload
 from fedexperts.run_directory import read_lines
 
@@ -109,6 +111,41 @@ def test_an_interrupted_turn_ends_at_its_next_step_and_leaves_no_trace(make_conf
     assert (1, "client-001") not in turns
     assert (2, "client-001") in turns
     assert result["frozen_unchanged"]
+
+
+def test_a_running_worker_is_asked_over_its_socket_until_a_request_of_another_run(tmp_path):
+    request = {key: value for key, value in REQUEST.items() if key != "seconds"}
+    with TemporaryDirectory() as place, Listener(f"{place}/worker", family="AF_UNIX", authkey=b"key") as own:
+        known = {"socket": own.address, "token": b"key".hex(), "parent": os.getppid()}
+        (tmp_path / WORKER_FILE).write_text(json.dumps(known))
+        serving = threading.Thread(target=_serve_all, args=(own,))
+        serving.start()
+        reply = ask_worker(tmp_path, request, b"garbage", seconds=60.0)
+        with _running(tmp_path, os.getppid()) as connection:
+            connection.send_bytes(json.dumps(REQUEST | {"run_config": {"experiment": "other"}}).encode())
+            assert connection.recv_bytes() == OTHER
+        serving.join(10.0)
+    assert not serving.is_alive()
+    assert "message of 7 bytes cannot be read" in decode_upload(reply).failure
+    assert json.loads((tmp_path / WORKER_FILE).read_text()) == known, "no other was started"
+    assert _running(tmp_path, os.getppid() + 1) is None
+
+
+def test_a_worker_watches_the_server_that_its_environment_names(monkeypatch):
+    watched_ones = []
+
+    class Over:
+        is_over = True
+
+        def __init__(self, server):
+            watched_ones.append(server)
+
+    monkeypatch.setattr(flower_worker, "Worker", Over)
+    monkeypatch.delenv(SERVER, raising=False)
+    _serve_all(None)
+    monkeypatch.setenv(SERVER, "server.example:9092")
+    _serve_all(None)
+    assert watched_ones == ["", "server.example:9092"]
 
 
 def test_a_worker_that_does_not_start_is_told_and_its_folder_is_its_owners_alone(monkeypatch, tmp_path):
