@@ -1,7 +1,8 @@
 """Fixtures that several tests share: a tiny checkpoint on disk, a configuration over it, a quiet progress."""
 
 import gc
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def pytest_runtest_setup() -> None:
     """Set one thread before any fixture of any scope computes; the bits of a sum depend on the number."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _package_log_as_imported() -> Iterator[None]:
+    """Undo what a command that runs in this process sets up for its log."""
+    yield
+    package = logging.getLogger("fedexperts")
+    package.handlers, package.propagate = [], True
+    package.setLevel(
+        logging.NOTSET
+    )  # clears what its children remember of the level; setting `level` does not
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import logging
 import os
 import signal
 import subprocess
@@ -34,14 +33,6 @@ matrix = false
 [evaluation.exam]
 source = "none"
 """
-
-
-@pytest.fixture(autouse=True)
-def _quiet_logger_again():
-    package = logging.getLogger("fedexperts")
-    before = package.handlers, package.level, package.propagate
-    yield
-    package.handlers, package.level, package.propagate = before
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mutation import NOTICED, can_be_noticed, mutants_of, plain_functions, run
+from mutation import NOTICED, PACKAGE, ROOT, can_be_noticed, mutants_of, plain_functions, run
 
 TESTS = (
     "tests/algorithms/test_fedopt.py",
@@ -35,7 +35,7 @@ SAMPLE = {
         ),
     ],
     "federation/cohort.py": [
-        ("if settings.size > len(client_ids):", "if settings.size >= len(client_ids):"),
+        ("if number > len(client_ids):", "if number >= len(client_ids):"),
     ],
     "training/local_steps.py": [
         (
@@ -101,6 +101,16 @@ SAMPLE = {
     ],
 }
 """By file the lines before and after the change; ``python -m tests.mutation`` draws others."""
+
+
+def test_the_fixed_sample_is_of_lines_that_the_code_has():
+    gone = [
+        (path, before)
+        for path, changes in SAMPLE.items()
+        for before, _ in changes
+        if before not in " ".join((ROOT / PACKAGE / path).read_text().split())
+    ]
+    assert gone == [], "change the sample with the code"
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from fedexperts.federation.calibration import of_majority_label
 from fedexperts.federation.checkpoint import load_checkpoint
 from fedexperts.federation.personal import read_kept
 from fedexperts.federation.snapshot import install_snapshot, read_snapshot, take_snapshot
-from fedexperts.moe.choosing.selection import choose_by_routing, draw_experts
+from fedexperts.messages import Sent
+from fedexperts.moe.choosing.selection import choose_by_routing, choose_experts, draw_experts
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.graft import GraftForm
 from fedexperts.moe.surgery.in_place import adapt_in_place
@@ -160,7 +161,9 @@ def test_choice_by_routing_is_that_of_counting_by_hand_and_skips_padding(make_co
     with torch.no_grad(), seam.watch_experts(parts.layers, see):
         parts.model(input_ids=ids, attention_mask=mask)
     expected = [tuple(sorted(sorted(t, key=lambda e: (-t[e], e))[:2])) for t in totals]
-    assert choose_by_routing(parts.model, parts.layers, [Tokens(ids, mask)], 2, score) == expected
+    batches = [Tokens(ids, mask)]
+    assert choose_by_routing(parts.model, parts.layers, batches, 2, score) == expected
+    assert choose_experts(score, parts.model, parts.layers, lambda: batches, 2, seed=0) == expected
 
 
 def test_a_random_choice_depends_on_client_and_layer_and_looks_at_nothing(make_config, tmp_path):
@@ -268,9 +271,23 @@ def test_a_setting_without_effect_is_refused(settings, complaint):
         Flex(**settings)
 
 
-def test_local_graft_has_no_shared_graft():
-    with pytest.raises(UserError, match="shared_graft is True, but has no effect where nothing is sent"):
-        LocalGraft(shared_graft=True)
+@pytest.mark.parametrize(
+    "setting",
+    [{"shared_graft": True}, {"experts": True}, {"own_model": "received"}],
+    ids=lambda one: next(iter(one)),
+)
+def test_local_graft_has_no_setting_of_what_is_shared(setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(UserError, match=f"{name} is {value}, but has no effect where nothing is sent"):
+        LocalGraft(**setting)
+
+
+def test_local_graft_keeps_every_optimizer_state_and_flex_not_that_of_what_is_sent(make_config):
+    parts, _ = build_parts(make_config("flex"))
+    flex, local = (method().trained(parts, Sent()) for method in (Flex, LocalGraft))
+    assert flex[0].names == local[0].names == parts.lora_names
+    assert not flex[0].keeps_optimizer
+    assert all(group.keeps_optimizer for group in local)
 
 
 def test_settings_that_differ_from_the_defaults_and_work_are_taken():

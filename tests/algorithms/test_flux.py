@@ -22,6 +22,7 @@ from fedexperts.algorithms.flux import (
     VISITS,
     Flux,
 )
+from fedexperts.algorithms.flux_kept import profile_in, with_profile
 from fedexperts.algorithms.tuned_experts import (
     CHANGED,
     ROLE,
@@ -35,6 +36,7 @@ from fedexperts.data.batches import Batch
 from fedexperts.errors import UserError
 from fedexperts.messages import Sent, Upload
 from fedexperts.moe.compressing.merge import MergeSettings
+from fedexperts.moe.observing.low_bit_profile import Profile
 from fedexperts.moe.observing.utility import Utility, add_utilities, gradient_utility
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.slots import SlotPlan, split_layer
@@ -50,6 +52,14 @@ class StockFlux(Flux):
     """Flux that sums over experts in the order in which transformers does."""
 
     order: ClassVar = "stock"
+
+
+def test_a_kept_profile_that_counts_no_token_is_none():
+    profile = Profile(tokens_LE=torch.zeros(2, 6, dtype=torch.int64), attention_LE=torch.ones(2, 6))
+    assert profile_in(with_profile(Kept(), profile)) is None
+    profile.tokens_LE[1, 5] = 1
+    found = profile_in(with_profile(Kept(), profile))
+    assert (found.tokens_LE is profile.tokens_LE, found.attention_LE is profile.attention_LE) == (True, True)
 
 
 @pytest.fixture

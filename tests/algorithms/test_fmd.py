@@ -60,6 +60,15 @@ def test_it_is_fedavg_of_all_experts_bit_for_bit_at_any_size_of_the_cache(num_he
     assert_same(rounds(fmd, make_parts()), fedavg)
 
 
+def test_lora_trains_and_travels_beside_the_experts_if_it_is_asked_for():
+    parts = make_parts()
+    experts = planned(Fmd(), parts).tensors
+    algorithm = Fmd(lora=True)
+    upload, _ = turn(algorithm, parts, planned(algorithm, parts), "a")
+    assert upload.tensors.keys() == {*parts.lora_names, *experts}
+    assert any(bool(upload.tensors[name].any()) for name in parts.lora_names if "lora_B" in name)
+
+
 @pytest.mark.slow
 def test_a_run_with_lora_is_fedavg_s_but_for_the_order_of_sums(make_config, tmp_path, quiet):
     one, expected = run(make_config("fedavg_experts", *SHORT), tmp_path / "fedavg", quiet)

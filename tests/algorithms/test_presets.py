@@ -1,5 +1,6 @@
 """A preset is another algorithm's class with other defaults."""
 
+import pickle
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
@@ -21,6 +22,12 @@ def test_a_preset_differs_in_its_defaults_alone(all_experts):
     assert own == others | {"experts": True}
     types = [{item.name: item.type for item in fields(cls)} for cls in (all_experts, FedAvg)]
     assert types[0] == types[1]
+
+
+def test_a_preset_goes_to_another_process_with_its_settings(all_experts):
+    settings = all_experts(experts=False)
+    assert pickle.loads(pickle.dumps(settings)) == settings
+    assert type(pickle.loads(pickle.dumps(settings))) is all_experts
 
 
 def test_a_preset_takes_settings_by_name_and_is_frozen(all_experts):

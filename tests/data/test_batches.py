@@ -29,6 +29,13 @@ def test_a_batch_is_padded_on_the_right_and_masked_by_length():
     assert {t.dtype for t in (batch.input_ids, batch.attention_mask, batch.labels)} == {torch.int64}
 
 
+def test_a_prompt_is_what_precedes_the_first_label_and_all_tokens_where_nothing_is_learnt():
+    batch = make_batch(
+        [encoded(5, 6, 7, 2, prompt_length=2), encoded(8, 2), encoded(4, 3, prompt_length=2)], 0
+    )
+    assert batch.prompts() == [(5, 6), (8,), (4, 3)]
+
+
 def test_eos_is_learnt_where_padding_is_eos_too():
     batch = make_batch([encoded(5, 6, 7, 2), encoded(8, 2)], pad_token_id=2)
     assert batch.labels[1].tolist() == [-100, 2, -100, -100]

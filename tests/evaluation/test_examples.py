@@ -49,6 +49,14 @@ def test_predictions_come_in_the_order_of_the_examples(
     assert [item.prediction for item in scores.predictions] == [each.response for each in examples[::-1]]
 
 
+def test_common_knowledge_is_scored_from_the_answers(
+    taught_model: PreTrainedModel, format: PromptFormat, examples: list[Example]
+) -> None:
+    facts = [replace(examples[0], facet="own", key="Peru"), replace(examples[2], facet="own", key="Lima")]
+    scores = evaluate_examples(taught_model, format, facts, SETTINGS)
+    assert scores.facets.own_facts == 0.5
+
+
 def test_perplexity_is_e_to_the_loss(
     model: PreTrainedModel, format: PromptFormat, examples: list[Example]
 ) -> None:

@@ -136,3 +136,6 @@ def test_a_file_without_any_instruction_is_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text('{"instruction": "q", "response": ""}\n')
     with pytest.raises(UserError, match="has no instruction with a response"):
         load_probe(settings(neutral=str(tmp_path / "empty.jsonl")), REAL, 0)
+    (tmp_path / "neutral.doc").touch()
+    with pytest.raises(UserError, match=r'^evaluation\.retention\.neutral: file ".*" is of no known form'):
+        load_probe(settings(neutral=str(tmp_path / "neutral.doc")), REAL, 0)

@@ -1,11 +1,12 @@
 """Evaluation settings refuse what cannot be measured, by the key's full name."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from fedexperts.errors import UserError
-from fedexperts.evaluation.settings import EvaluationSettings, ExamFields, ExamSettings
+from fedexperts.evaluation.settings import WHENS, EvaluationSettings, ExamFields, ExamSettings
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,13 @@ def test_exams_that_cannot_be_are_refused(settings: dict[str, Any], message: str
 def test_a_question_needs_its_fields() -> None:
     with pytest.raises(UserError, match=r"evaluation\.exam\.fields\.answer is empty"):
         ExamFields(answer="")
+
+
+def test_every_evaluation_has_its_means_before_and_after_and_the_exam_where_there_is_one() -> None:
+    settings = EvaluationSettings(metrics=("loss", "exact_match"), own_metrics=("words",))
+    means = [f"{score}_{when}" for score in ("loss", "perplexity", "exact_match", "words") for when in WHENS]
+    assert settings.mean_scores == (*means, "exam_global")
+    assert replace(settings, exam=ExamSettings(source="none")).mean_scores == tuple(means)
 
 
 def test_answers_are_generated_only_for_metrics_that_need_them() -> None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from fedexperts.config.load import config_sha256, difference
 from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.errors import UserError
-from fedexperts.federation.client_processes import PEAK, take_measured_turn
+from fedexperts.federation.client_processes import PEAK, ClientProcesses, take_measured_turn
 from fedexperts.federation.rounds import PLANNED
 from fedexperts.federation.workers import take_turn
 from fedexperts.messages import Download, decode_upload, encode_download
@@ -155,6 +155,21 @@ def test_processes_are_refused_where_they_cannot_be(make_config, tmp_path, quiet
     for start in (check_experiment, partial(run_experiment, run_directory=tmp_path, progress=quiet)):
         with pytest.raises(UserError, match=r"tiny/qwen2_moe\" cannot be read one by one"):
             start(in_memory)
+
+
+class Here(ClientProcesses):
+    """Calls that end in this process, with what a worker would read."""
+
+    def __init__(self):
+        pass
+
+    def call(self, function, client_id, path, *, on_event):
+        return function, client_id, Path(path).read_bytes(), on_event
+
+
+def test_a_process_reads_the_download_from_a_file_and_is_heard_meanwhile():
+    asked = Here().ask("client-000", b"download", print)
+    assert asked == (take_measured_turn, "client-000", b"download", print)
 
 
 def test_where_clients_run_is_no_part_of_what_ran(make_config):

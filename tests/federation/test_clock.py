@@ -237,7 +237,11 @@ def simulated(folder):
 def test_a_run_tells_work_and_simulated_seconds_of_each_client_and_round(clocked_run):
     _, folder = clocked_run
     rounds, clients = read_lines(folder / "rounds.jsonl"), read_lines(folder / "clients.jsonl")
-    assert all(one["work"]["train"]["flops"] > 0 for one in clients)
+    for work in (one["work"] for one in clients):
+        assert work["train"]["flops"] > 0
+        # As many bytes come as go, and FedAvg keeps none.
+        assert work["load"]["host_bytes"] == work["save"]["host_bytes"] > 0
+        assert not work["load"].get("disk_bytes")
     by_round = [[one for one in clients if one["round"] == number] for number in (1, 2)]
     for record, turns in zip(rounds, by_round, strict=True):
         slowest = max(turns, key=lambda one: one["simulated_seconds"]["total"])

@@ -1,5 +1,6 @@
 """Submitting a run to Flower's command line: programs in the place of Flower's play its part."""
 
+import io
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from fedexperts import __version__
 from fedexperts.config.load import resolved_toml
 from fedexperts.errors import UserError
 from fedexperts.federation import flower_launch
-from fedexperts.federation.flower_events import FAILED, MARK, WARNED
+from fedexperts.federation.flower_events import FAILED, MARK, WARNED, heard, say
 from fedexperts.federation.flower_launch import FlowerLink, ServerLostError, run_with_flower
 from fedexperts.run_directory import SEAL, RunDirectory, as_json
 from fedexperts.running.progress import QuietProgress
@@ -225,3 +226,10 @@ def test_a_server_app_that_writes_its_run_is_left_alone(deployed, flower, run, h
         assert run_with_flower(deployed, run, progress=Told(), link=here) == {"rounds": 7}
     assert not run.is_locked()
     assert [call["task"] for call in flower.calls()] == ["run"]
+
+
+def test_an_event_is_in_the_log_as_soon_as_it_is_said(monkeypatch):
+    log = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(log, "utf-8"))
+    say(FAILED, "the disk is full")
+    assert heard(log.getvalue().decode()) == (FAILED, ["the disk is full"])

@@ -16,7 +16,15 @@ from fedexperts.federation.flower_sent import Patience
 from fedexperts.federation.flower_transport import IDENTIFY, MOST_UNANSWERED, FlowerTransport
 from fedexperts.federation.spool import Spool
 from fedexperts.federation.wire import pack, unpack
-from fedexperts.messages import Download, Sent, Upload, decode_download, encode_download, encode_upload
+from fedexperts.messages import (
+    Download,
+    Sent,
+    Upload,
+    decode_download,
+    decode_upload,
+    encode_download,
+    encode_upload,
+)
 
 HASH = "0123"
 
@@ -278,6 +286,16 @@ def test_an_upload_after_the_rounds_deadline_is_late_and_flower_drops_it():
     assert deliveries[1].upload.failure == "no answer within transport.round_seconds = 10"
     assert grid.clock.now == pytest.approx(10.0, abs=0.2), "nobody waits for longer than the deadline"
     assert {message.metadata.ttl for message in grid.pushed[3:]} == {20.0}
+
+
+def test_answers_that_come_before_their_turn_wait_on_disk(monkeypatch):
+    _, carried = three([5.0, 0.0, 0.0])
+    kept, keep = [], Spool.keep
+    monkeypatch.setattr(Spool, "keep", lambda spool, message: [kept.append(message), keep(spool, message)][1])
+    delivered = list(carried.exchange(train(ids(carried))))
+    assert [decode_upload(message).metrics for message in kept] == [
+        delivery.upload.metrics for delivery in delivered[1:]
+    ]
 
 
 def test_an_evaluation_has_no_deadline_of_a_round():

@@ -2,21 +2,25 @@
 
 import json
 import os
+import shutil
 import socket
+import stat
 import subprocess
 import sys
 import threading
 import time
 from multiprocessing import Pipe
+from multiprocessing.connection import Listener
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from test_flower_apps import run_over_grid
 
 from fedexperts.federation import flower_worker
-from fedexperts.federation.flower_worker import Worker, watched
+from fedexperts.federation.flower_worker import Worker, _serve_all, watched
 from fedexperts.federation.interruption import INTERRUPTION
-from fedexperts.federation.warm import OTHER, TAKEN, WORKER_FILE, _started, ask_worker
+from fedexperts.federation.warm import OTHER, SERVER, TAKEN, WORKER_FILE, _running, _started, ask_worker
 from fedexperts.messages import decode_upload
 from fedexperts.run_directory import read_lines
 
@@ -107,6 +111,49 @@ def test_an_interrupted_turn_ends_at_its_next_step_and_leaves_no_trace(make_conf
     assert (1, "client-001") not in turns
     assert (2, "client-001") in turns
     assert result["frozen_unchanged"]
+
+
+def test_a_running_worker_is_asked_over_its_socket(tmp_path):
+    request = {key: value for key, value in REQUEST.items() if key != "seconds"}
+
+    def serve_once():
+        with own.accept() as connection:
+            Worker().serve(connection)
+
+    with TemporaryDirectory() as place, Listener(f"{place}/worker", family="AF_UNIX", authkey=b"key") as own:
+        known = {"socket": own.address, "token": b"key".hex(), "parent": os.getppid()}
+        (tmp_path / WORKER_FILE).write_text(json.dumps(known))
+        serving = threading.Thread(target=serve_once, daemon=True)
+        serving.start()
+        reply = ask_worker(tmp_path, request, b"garbage", seconds=60.0)
+        serving.join(10.0)
+    assert "message of 7 bytes cannot be read" in decode_upload(reply).failure
+    assert json.loads((tmp_path / WORKER_FILE).read_text()) == known, "no other was started"
+    assert _running(tmp_path, os.getppid() + 1) is None
+
+
+def test_a_worker_watches_the_server_that_its_environment_names(monkeypatch):
+    watched_ones = []
+
+    class Over:
+        is_over = True
+
+        def __init__(self, server):
+            watched_ones.append(server)
+
+    monkeypatch.setattr(flower_worker, "Worker", Over)
+    monkeypatch.delenv(SERVER, raising=False)
+    _serve_all(None)
+    monkeypatch.setenv(SERVER, "server.example:9092")
+    _serve_all(None)
+    assert watched_ones == ["", "server.example:9092"]
+
+
+def test_a_worker_that_does_not_start_is_told_and_its_folder_is_its_owners_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(RuntimeError, match="the worker of this node could not be started"):
+        _started(tmp_path / "node", os.getpid())
+    assert stat.S_IMODE((tmp_path / "node").stat().st_mode) == 0o700
 
 
 @pytest.mark.slow

@@ -56,6 +56,7 @@ def test_a_client_goes_on_from_the_round_that_counted(store):
 def test_a_version_that_is_missing_is_told(store):
     store.save(ID, Kept(), round_number=5, kept_round=0)
     assert not store.load(ID, 5), "a method that keeps nothing"
+    assert not list(store.folder(ID).glob("personal-*")), "and has no file of it"
     store.save(ID, kept(1.0), round_number=6, kept_round=5)
     assert not store.load(ID, 5), "the first version is of round 6"
     with pytest.raises(UserError, match="kept after round 7 are lost"):

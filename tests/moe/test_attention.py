@@ -1,5 +1,7 @@
 """Attention received by an expert's tokens, against the model's own attention maps."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from cached import PLENTY, Tokens, padded_batches
@@ -73,6 +75,22 @@ def test_it_is_that_of_the_models_own_attention_maps(family: str) -> None:
         # float32 softmax of scores summed in another order
         torch.testing.assert_close(profile.mean_attention_E.float(), expected_E, rtol=1e-5, atol=1e-6)
         assert profile.attention_error == 0.0
+
+
+def test_a_bias_on_the_scores_is_in_the_attention() -> None:
+    found, (batch,) = installed_model("qwen2_moe"), padded_batches([(24, 15)])
+    bias = torch.randn(2, 1, 24, 24, generator=torch.Generator().manual_seed(0))
+    hidden = torch.ones(24, 24, dtype=torch.bool).triu(1) | ~batch.attention_mask[:, None, None].bool()
+    mask = bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
+    with ExitStack() as hooks:
+        for layer in found.model.model.layers:
+            hook = layer.self_attn.register_forward_pre_hook(
+                lambda _, args, kwargs: (args, kwargs | {"attention_mask": mask}), with_kwargs=True
+            )
+            hooks.callback(hook.remove)
+        profiles, expected = profile_experts(found.model, found.layers, [batch]), from_maps(found, batch)
+    for profile, expected_E in zip(profiles, expected, strict=True):
+        torch.testing.assert_close(profile.mean_attention_E.float(), expected_E, rtol=1e-5, atol=1e-6)
 
 
 def test_watching_changes_no_bit(installed: Installed) -> None:

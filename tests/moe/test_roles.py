@@ -1,12 +1,14 @@
-"""Roles: eq. 4, its growth, and the linear program with coverage."""
+"""Roles: eq. 4, its growth, the linear program with coverage, and the slots of a role."""
 
 import itertools
 import random
 
 import pytest
 import torch
+from installed import Installed
 
 from fedexperts.moe.choosing.roles import covering, drawn_from, exploit_share, most_useful
+from fedexperts.moe.compressing.role_slots import any_merge
 
 
 def test_the_share_grows_evenly_and_stops():
@@ -72,3 +74,14 @@ def test_experts_that_do_not_exist_are_never_taken():
         most_N=torch.ones(3).long(),
     )
     assert found.tolist() == [[True, False, True]]
+
+
+def test_slots_of_an_open_merge_have_its_size_and_every_expert_once(qwen: Installed) -> None:
+    roles = [((0, 5), (1,)), ((2,), ())]
+    plans = [plan.slots for plan in any_merge(qwen.layers, roles, 4)]
+    assert [(plan.tuned, plan.kept, plan.dropped) for plan in plans] == [((0, 5), (1,), ()), ((2,), (), ())]
+    assert [len(plan.merged) for plan in plans] == [2, 2]
+    for plan in plans:
+        assert sorted([*plan.tuned, *plan.kept, *itertools.chain.from_iterable(plan.merged)]) == list(
+            range(6)
+        )

@@ -56,6 +56,15 @@ def test_experts_called_in_another_way_are_refused_by_name() -> None:
         seam.find_moe_layers(model)
 
 
+def test_a_block_without_a_router_is_refused_by_name(qwen: Installed) -> None:
+    model = copy.deepcopy(qwen.model)
+    del model.model.layers[1].mlp.gate
+    with pytest.raises(
+        UserError, match=r"the MoE block of model\.layers\.1\.mlp\.experts has no router under"
+    ):
+        seam.find_moe_layers(model)
+
+
 def test_layers_are_counted_without_the_dense_ones() -> None:
     layers = installed_model("deepseek_v3").layers
     assert [layer.name for layer in layers] == ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]

@@ -153,6 +153,12 @@ def test_a_norm_after_each_expert_is_in_the_gradients(qwen: Installed) -> None:
     with_norms = dataclasses.replace(qwen, model=model, layers=seam.find_moe_layers(model))
     assert not torch.equal(with_norms.logits(), qwen.stock_logits)
     assert_gradients_of_overwritten_experts(with_norms)
+    with_norms.layers[0].experts.post_expert_norm.requires_grad_(True)
+    with (
+        Split(with_norms.layers, MIXED),
+        pytest.raises(AssertionError, match="the norm after experts is frozen"),
+    ):
+        with_norms.loss()
 
 
 def test_kept_experts_that_train_get_their_gradients_row_by_row(qwen: Installed) -> None:

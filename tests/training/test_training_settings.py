@@ -71,6 +71,7 @@ def test_the_ends_of_each_range_are_taken(keys):
             "step_final_share must be from 0 to 1, not 1.5",
         ),
         ({"momentum": 0.9}, 'momentum is 0.9, but has no effect with optimizer "adamw"'),
+        ({"replay_texts": 5}, "replay_texts is 5, but has no effect without replay"),
         ({"accumulation": 9}, "accumulation is 9, but must be at most batch_size, which is 8"),
         ({"optimizer": "sgd", "optimizer_state": "kept"}, 'optimizer_state is "kept", but "sgd"'),
         ({"step_final_share": 0.1}, 'step_final_share is 0.1, but step_schedule is "flat"'),
