@@ -86,6 +86,7 @@ def states(folder):
     return [record["server_state_sha256"] for record in fedexperts.open_run(folder).rounds]
 
 
+@pytest.mark.slow
 def test_the_page_s_fedprox_differs_from_fedavg_in_every_round(my_fedprox, make_config, tmp_path, quiet):
     fedexperts.register_algorithm("my_fedprox", my_fedprox)
     run_experiment(make_config("fedavg"), tmp_path / "fedavg", progress=quiet)

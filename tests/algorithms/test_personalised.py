@@ -45,6 +45,8 @@ CHEAP = (
 
 
 FIXED = "algorithm.weighting=fixed"
+STATES = [pytest.param("fresh", marks=pytest.mark.slow), "kept"]
+"""Settings of ``training.optimizer_state``."""
 FUSION_OF_TWO = ("algorithm.fusion_grid=[0.0, 1.0]", "algorithm.fusion_examples=2")
 
 
@@ -111,7 +113,7 @@ def test_a_method_without_anything_personal_is_fedavg(run, name, settings):
         ("fedrep", ("algorithm.personal_layers=2", "algorithm.head_steps=2")),
     ],
 )
-@pytest.mark.parametrize("state", ["fresh", "kept"])
+@pytest.mark.parametrize("state", STATES)
 def test_a_method_without_anything_shared_is_local_only(run, name, settings, state):
     optimizer = f"training.optimizer_state={state}"
     assert_same_runs(run(name, *settings, optimizer), run("local_only", optimizer))
@@ -123,7 +125,7 @@ def test_finetuning_from_the_first_round_is_local_only(run):
     assert finetuned["mean"] == local["mean"]
 
 
-@pytest.mark.parametrize("state", ["fresh", "kept"])
+@pytest.mark.parametrize("state", STATES)
 def test_ditto_without_pull_is_local_only_beside_fedavg(run, state):
     optimizer = f"training.optimizer_state={state}"
     ditto = run("ditto", "algorithm.strength=0", optimizer)
@@ -147,7 +149,7 @@ def test_the_server_of_a_method_with_two_models_is_that_of_fedavg(run, name, set
     assert mine["exam"]["global"] == fedavg["exam"]["global"]
 
 
-@pytest.mark.parametrize("state", ["fresh", "kept"])
+@pytest.mark.parametrize("state", STATES)
 def test_feddpa_t_with_all_weight_on_the_local_adapter_is_local_only(run, state):
     """Without dropout: with it the global adapter draws from the same generator."""
     same = ("adapter.dropout=0", f"training.optimizer_state={state}")
@@ -174,7 +176,7 @@ def test_feddpa_f_starts_as_finetuning_after_fedavg(run):
             assert equal_bits(alone[client].beside[name.replace(".own.", ".default.")], tensor), name
 
 
-@pytest.mark.parametrize("variant", ["T", "F"])
+@pytest.mark.parametrize("variant", ["T", pytest.param("F", marks=pytest.mark.slow)])
 def test_feddpa_trains_the_same_adapters_whatever_weighs_them_at_inference(run, variant):
     settings = (f"algorithm.variant={variant}", f"algorithm.federated_rounds={int(variant == 'F')}")
     fixed, by_instance = run("feddpa", *settings, FIXED), run("feddpa", *settings)
@@ -419,8 +421,10 @@ def test_fusion_weights_are_the_best_of_the_grid(run):
         ("fedrep", ("algorithm.personal_layers=1", "algorithm.head_steps=1")),
         pytest.param(*("ditto", ("algorithm.strength=0.1",)), marks=pytest.mark.slow),
         pytest.param(*("feddpa", ("algorithm.variant=T",)), marks=pytest.mark.slow),
-        ("feddpa", ("algorithm.variant=F", "algorithm.federated_rounds=1")),
-        ("fdlora", FUSION_OF_TWO),
+        pytest.param(
+            *("feddpa", ("algorithm.variant=F", "algorithm.federated_rounds=1")), marks=pytest.mark.slow
+        ),
+        pytest.param(*("fdlora", FUSION_OF_TWO), marks=pytest.mark.slow),
         pytest.param(*("fedavg_finetune", ("algorithm.federated_rounds=1",)), marks=pytest.mark.slow),
     ],
 )
@@ -443,8 +447,12 @@ def test_what_a_client_keeps_is_gone_on_from(make_config, tmp_path, quiet, monke
     ("name", "settings"),
     [
         ("feddpa", ("algorithm.variant=T", "algorithm.mix=0.3")),
-        ("feddpa", ("algorithm.variant=T", "algorithm.mix=0.3", FIXED)),
-        ("feddpa", ("algorithm.variant=F", "algorithm.federated_rounds=1")),
+        pytest.param(
+            *("feddpa", ("algorithm.variant=T", "algorithm.mix=0.3", FIXED)), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *("feddpa", ("algorithm.variant=F", "algorithm.federated_rounds=1")), marks=pytest.mark.slow
+        ),
         ("fdlora", FUSION_OF_TWO),
         ("ditto", ("algorithm.strength=0.1",)),
     ],

@@ -178,7 +178,7 @@ def test_without_a_clip_norm_nothing_changes_by_a_bit(make_config, tmp_path, qui
     assert "privacy" not in off
 
 
-@pytest.mark.parametrize("method", ["flex", "fedadam"])
+@pytest.mark.parametrize("method", [pytest.param("flex", marks=pytest.mark.slow), "fedadam"])
 def test_a_private_run_clips_equalises_and_says_its_epsilon(method, make_config, tmp_path, quiet, sent):
     config = make_config(method, *SMALL, *PRIVATE, *(["algorithm.server_lr=0.1"] * (method == "fedadam")))
     result = run_experiment(config, tmp_path / "run", progress=quiet)
