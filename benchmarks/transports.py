@@ -66,8 +66,8 @@ def measure(model: str, *, rounds: int = 5, num_local_steps: int = 5) -> dict[st
             }
             for place, table in tables.items():
                 (folder / f"{place}.toml").write_text(render_toml(table))
-            found = {place: _run(folder, place) for place in tables}
             recipe = _recipe(folder, model, tables["process"])
+            found = {place: _run(folder, place) for place in tables}
     finally:
         torch.set_num_threads(THREADS)
     states = {one["server_state_sha256"] for one in found.values()}
@@ -78,7 +78,7 @@ def measure(model: str, *, rounds: int = 5, num_local_steps: int = 5) -> dict[st
 
 def _write_data(folder: Path) -> None:
     for category, site in zip(CATEGORIES, SITES, strict=False):
-        taught = [make_example(seed=0, category=category, index=index) for index in range(60)]
+        taught = [make_example(seed=0, category=category, index=index) for index in range(100)]
         rows = [{"instruction": e.instruction, "context": e.context, "response": e.response} for e in taught]
         (folder / f"{site}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
