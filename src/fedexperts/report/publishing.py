@@ -46,7 +46,9 @@ def _numbers(run: Run) -> dict[str, Any]:
     """Return the numbers of a run, to six digits, without those of clients, subjects, layers and experts."""
     kept = {section: run.result.get(section) for section in _SECTIONS}
     numbers = {
-        path: float(f"{value:.6g}") for path, value in numbers_of(kept).items() if "by_subject" not in path
+        path: float(f"{value:.6g}")
+        for path, value in (numbers_of(kept) | run.extraction).items()
+        if "by_subject" not in path
     }
     hashes = {"server_state_sha256": run.result.get("server_state_sha256")}
     return {"name": run.name, "seed": run.seed, **hashes, "numbers": numbers}
