@@ -178,7 +178,8 @@ def test_a_wrong_clock_is_refused_in_one_sentence(make_config, overrides, senten
 
 
 def test_a_clock_is_written_and_read_as_it_was(make_config, tmp_path):
-    rates = (f"clock.custom.{name}={value}" for name, value in vars(MINE).items())
+    mine = replace(MINE, no_grad_operation_us=2.5)
+    rates = (f"clock.custom.{name}={value}" for name, value in vars(mine).items())
     for config in (make_config("fedavg"), make_config("fedavg", 'clock.device=["l20", "custom"]', *rates)):
         (tmp_path / "config.toml").write_text(resolved_toml(config))
         assert load_config(tmp_path / "config.toml") == config
