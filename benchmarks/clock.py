@@ -4,7 +4,7 @@ A product of two large matrices and a large copy give the best rates. Turns of t
 sizes then say how much slower whole turns are (one factor on both rates) and what each operation costs beside
 its work, in training and outside of it. With these, the clock predicts how long the clients of runs work that
 played no part in the calibration. All of it takes one thread: what threads cost each other depends on the
-size of every operation, which two numbers cannot say.
+size of every operation, which these numbers cannot say.
 """
 
 import os
@@ -12,8 +12,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from scipy.optimize import nnls
 
 from benchmarks.matmul_roof import square_flops_per_second
-from benchmarks.setting import THREADS, bench_config
+from benchmarks.setting import bench_config, one_thread
 from benchmarks.tables import Figures, Table
 from fedexperts.algorithms.api import Kept
 from fedexperts.config.load import build_config, to_table
@@ -90,16 +89,6 @@ def measure(
                 for method, own in RUNS.items()
             },
         }
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run the block with one thread of torch."""
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(THREADS)
 
 
 def _rates(copied_bytes: int) -> Device:
@@ -267,7 +256,7 @@ def _rate_table(figures: Figures) -> Table:
         ("each operation of training beside its work, 10^-6 s", f"{figures['operation_us']:.1f}"),
         ("each operation without gradients, 10^-6 s", f"{figures['no_grad_operation_us']:.1f}"),
     ]
-    return Table(title="This machine", columns=("", "value"), rows=tuple(rows))
+    return Table(title="This machine, one thread", columns=("", "value"), rows=tuple(rows))
 
 
 def _error_table(figures: Figures) -> Table:
@@ -284,7 +273,7 @@ def _error_table(figures: Figures) -> Table:
         for method, one in figures["runs"].items()
     ]
     return Table(
-        title="Seconds of the clients' work, measured and simulated",
+        title="Seconds of the clients' work on one thread, measured and simulated",
         columns=("", "measured", "simulated", "error", "counting adds"),
         rows=tuple(rows),
     )

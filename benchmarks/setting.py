@@ -1,6 +1,8 @@
 """Setting that every benchmark runs: tinyworld clients, two threads, evaluation cut to almost nothing."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -32,6 +34,16 @@ def bench_config(model: str, algorithm: str, *overrides: str) -> RunConfig:
         },
     }
     return build_config(table, "benchmarks/setting.py", overrides)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run the block with one thread of torch."""
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(THREADS)
 
 
 def model_source(model: str) -> str:

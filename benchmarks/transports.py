@@ -20,9 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.setting import THREADS, model_source
+from benchmarks.setting import model_source, one_thread
 from benchmarks.tables import Figures, Table
 from fedexperts.config.load import build_config
 from fedexperts.config.toml import render_toml
@@ -40,6 +38,7 @@ PROGRAMS = {
     "flower-superexec": "SuperExec",
     "flower-supernode": "SuperNode",
     "flwr-serverapp": "server app",
+    "flwr-simulation": "simulation",
     "flower_worker": "warm worker of a site",
     "flwr-clientapp": "client app",
     "ray::": "ray",
@@ -55,21 +54,17 @@ SAMPLE_SECONDS = 0.2
 
 def measure(model: str, *, rounds: int = 5, num_local_steps: int = 5) -> dict[str, Any]:
     """Seconds and bytes of rounds, and anonymous megabytes (10^6 bytes) of each process at its peak."""
-    torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            _write_data(folder)
-            tables = {
-                place: _table(model, place, rounds, num_local_steps)
-                for place in ("process", "simulation", "sites")
-            }
-            for place, table in tables.items():
-                (folder / f"{place}.toml").write_text(render_toml(table))
-            recipe = _recipe(folder, model, tables["process"])
-            found = {place: _run(folder, place) for place in tables}
-    finally:
-        torch.set_num_threads(THREADS)
+    with one_thread(), tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_data(folder)
+        tables = {
+            place: _table(model, place, rounds, num_local_steps)
+            for place in ("process", "simulation", "sites")
+        }
+        for place, table in tables.items():
+            (folder / f"{place}.toml").write_text(render_toml(table))
+        recipe = _recipe(folder, model, tables["process"])
+        found = {place: _run(folder, place) for place in tables}
     states = {one["server_state_sha256"] for one in found.values()}
     if len(states) > 1:
         raise RuntimeError(f"the server's states differ between transports: {states}")
@@ -134,29 +129,11 @@ def _federate(folder: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    server = [
-        "server",
-        "sites.toml",
-        "--keys",
-        "keys/server",
-        "--listen",
-        address,
-        "--to",
-        "sites",
-        "--quiet",
-    ]
-    programs = [_start(folder, "sites", *server)]
+    server = ["--keys", "keys/server", "--listen", address, "--to", "sites", "--quiet"]
+    programs = [_start(folder, "sites", "server", "sites.toml", *server)]
     for site in SITES:
-        own = [
-            "--data",
-            f"{site}.jsonl",
-            "--keys",
-            f"keys/{site}",
-            "--folder",
-            f"site-{site}",
-            'tell=["counts"]',
-        ]
-        programs.append(_start(folder, site, "site", "--server", address, *own))
+        own = ["--data", f"{site}.jsonl", "--keys", f"keys/{site}", "--folder", f"site-{site}"]
+        programs.append(_start(folder, site, "site", "--server", address, *own, 'tell=["counts"]'))
     try:
         _wait(folder, programs[0], "sites")
     finally:

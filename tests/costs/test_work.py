@@ -127,8 +127,10 @@ def test_bytes_that_a_method_moves_take_their_time_and_without_a_clock_nothing_h
 
 def test_every_operation_may_have_a_cost_of_its_own():
     device = Device(**RATES, operation_us=1000.0)
-    meter = counted(lambda: torch.ones(1) + torch.ones(1))
-    assert meter.work(device)["train"].seconds == pytest.approx(0.003 + 20 / 1e6)
+    for is_training in (True, False):
+        with torch.set_grad_enabled(is_training):
+            meter = counted(lambda: torch.ones(1) + torch.ones(1))
+        assert meter.work(device)["train"].seconds == pytest.approx(0.003 + 20 / 1e6)
 
 
 def test_an_operation_without_gradients_may_cost_less():

@@ -9,6 +9,7 @@ from fedexperts.cli.program import main
 from fedexperts.data.canaries import NOT_PLANTED, canaries
 from fedexperts.data.federated import load_federated_data
 from fedexperts.data.prompts import PromptFormat
+from fedexperts.data.tinyworld import CATEGORIES, make_example
 from fedexperts.errors import UserError
 from fedexperts.evaluation.extraction import (
     Extraction,
@@ -99,6 +100,18 @@ def test_draws_among_one_token_are_greedy_and_a_seed_repeats_them(format):
         generate_sampled(model, prompts, **limits, seed=seed, top_k=300) for seed in (1, 1, 2)
     )
     assert first == again != other
+
+
+def test_words_of_canaries_are_words_that_the_embedded_model_was_trained_on():
+    said = (
+        make_example(seed=0, category=category, index=index)
+        for category in CATEGORIES
+        for index in range(200)
+    )
+    known = {word for e in said for word in f"{e.instruction} {e.context} {e.response}".lower().split()}
+    own = {word for canary in canaries("a", 20) for word in canary.response.split()}
+    assert len(own) == 64
+    assert own - {word.strip(".,;:!?'") for word in known} == set()
 
 
 def test_canaries_are_made_again_from_the_name_alone_and_no_two_are_alike():

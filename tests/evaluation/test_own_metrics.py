@@ -18,5 +18,5 @@ def test_a_metric_gets_model_examples_and_format_and_records_no_gradient(
 
     monkeypatch.setitem(OWN_METRICS, "seen", seen)
     model, examples, format = object(), (), object()
-    scores = own_scores(model, examples, format, EvaluationSettings(own_metrics=("seen",)))  # type: ignore[arg-type]
+    scores = own_scores(model, examples, format, EvaluationSettings(own_metrics=("seen",)))
     assert (given, scores) == ([model, examples, format, False], {"seen": 1.0})

@@ -7,9 +7,8 @@ import pytest
 from synthetic_runs import make_result, write_run, write_suite, write_unfinished
 
 from fedexperts.errors import UserError
-from fedexperts.report.extraction import method_extraction_table
-from fedexperts.report.grouping import methods_of
 from fedexperts.report.reading import progress_of, read_run, read_suite
+from fedexperts.report.sections import content_of
 
 
 def change_result(directory: Path, **values: object) -> None:
@@ -125,7 +124,7 @@ def test_an_extraction_test_is_told_as_means_over_clients_and_beside_them_the_se
     models = [asked("a", 0.5, 0.8), asked("b", 1.0, 0.9), asked("server", 0.0, 0.3)]
     (run_directory / "extraction.json").write_text(json.dumps({"models": models}))
     suite = read_suite(run_directory)
-    (table,) = method_extraction_table(methods_of(suite.runs))
+    (table,) = next(one for one in content_of(suite).sections if one.title == "Memorisation").tables
     assert table.titles[1:3] == ("clients' own models", "best similarity, clients' own")
     assert table.rows[0][1:] == ("75.0", "0.850", "0.250", "0.0", "0.300", "0.250")
     (run_directory / "extraction.json").write_text('{"models": [{"model": "a"}]}')

@@ -95,8 +95,13 @@ def test_runs_of_different_code_are_told_before_all_else(directory):
 
 def test_a_report_of_one_committed_code_is_published(directory, tmp_path):
     (tmp_path / "experiments").mkdir()
+    own = {"rate": 0.5, "mean_best_similarity": 0.75}
+    models = [{"model": "server", "planted": own, "not_planted": own}]
+    (directory / "runs" / "flex-seed-0" / "extraction.json").write_text(json.dumps({"models": models}))
     path = publish_report(directory, tmp_path / "experiments")
     numbers = json.loads((tmp_path / "experiments" / "results.json").read_text())
+    extracted = {one["name"]: one["numbers"].get("extraction.server.planted_rate") for one in numbers}
+    assert {name: rate for name, rate in extracted.items() if rate} == {"flex-seed-0": 0.5}
     files = {file.parent.name: file for file in directory.glob("runs/*/result.json")}
     results = {name: json.loads(file.read_text()) for name, file in files.items()}
     assert {one["name"]: one["numbers"]["mean.rougeL_after"] for one in numbers} == {

@@ -7,13 +7,22 @@ from typing import Any
 
 from fedexperts.errors import UserError
 from fedexperts.report.markdown import markdown
-from fedexperts.report.quantities import numbers_of
 from fedexperts.report.reading import Run, read_suite
 from fedexperts.report.sections import content_of
 from fedexperts.report.write import write_text
 
 _MAX_NAMES = 3
-_SECTIONS = ("mean", "exam", "retention", "bytes", "parameters", "expert_balance_std", "seconds", "clock")
+_SECTIONS = {
+    "mean",
+    "exam",
+    "retention",
+    "bytes",
+    "parameters",
+    "expert_balance_std",
+    "seconds",
+    "clock",
+    "extraction",
+}
 
 
 def publish_report(directory: Path, folder: Path, *, any_code: bool = False) -> Path:
@@ -44,11 +53,10 @@ def _as_lines(runs: Sequence[dict[str, Any]]) -> str:
 
 def _numbers(run: Run) -> dict[str, Any]:
     """Return the numbers of a run, to six digits, without those of clients, subjects, layers and experts."""
-    kept = {section: run.result.get(section) for section in _SECTIONS}
     numbers = {
         path: float(f"{value:.6g}")
-        for path, value in (numbers_of(kept) | run.extraction).items()
-        if "by_subject" not in path
+        for path, value in run.numbers.items()
+        if path.partition(".")[0] in _SECTIONS and "by_subject" not in path
     }
     hashes = {"server_state_sha256": run.result.get("server_state_sha256")}
     return {"name": run.name, "seed": run.seed, **hashes, "numbers": numbers}

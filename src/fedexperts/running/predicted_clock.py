@@ -121,6 +121,7 @@ def predict_clock(
         for client_id, sizes in bytes_by_client.items()
     }
     turns = {client_id: clock.foreseen(**turn) for client_id, turn in asked.items()}
+    devices = clock.describe()["devices"]
     totals = {client_id: told["total"] for client_id, told in turns.items()}
     steps = predict_steps(config.asynchronous, clock, asked, config.rounds) if config.asynchronous else None
     in_time, first = (list(turns), steps.first) if steps else _first_round(config, clock, asked, totals)
@@ -133,7 +134,7 @@ def predict_clock(
         slowest=first["slowest"],
         late=tuple(client_id for client_id in turns if client_id not in in_time),
         short_of_memory={
-            client_id: clock.describe()["devices"][client_id]
+            client_id: devices[client_id]
             for client_id in bytes_by_client
             if bench.devices[client_id].memory_bytes < turn_bytes
         },
