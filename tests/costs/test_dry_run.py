@@ -8,6 +8,7 @@ import pytest
 import torch
 from benchmarks.memory_plan import CASES, RETURNING, in_new_process
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedexperts.costs.dry_run import BatchShape, Meter, peak_of_local_steps
 from fedexperts.costs.memory import memory_before_activations, predict_memory
@@ -68,7 +69,7 @@ def batch() -> Batch:
 
 def real_peak(model: Any, names: list[str], settings: TrainingSettings) -> int:
     one, group, trained = batch(), ParameterGroup(names=tuple(names), lr=1e-3), copy.deepcopy(model)
-    with RealMeter() as meter:
+    with RealMeter(FakeTensorMode()) as meter:
         local_steps(trained, [one, one], [group], settings, seed=0)
     return meter.peak
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from fedexperts.costs.known_shapes import KnownShapes, tensors_in
 from fedexperts.data.batches import IGNORED_LABEL, Batch
 from fedexperts.moe.surgery import seam
 from fedexperts.training.local_steps import local_steps
@@ -29,6 +29,7 @@ from fedexperts.training.optimizers import OptimizerState, ParameterGroup, blank
 from fedexperts.training.settings import TrainingSettings
 
 _aten = torch.ops.aten
+_SEEN = "_seen_by_meter"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ def _metered(
     with _ShapesOnly(mode):
         fake = copy.deepcopy(model)
     blank = blank_state({name: model.get_parameter(name) for name in trained}, settings)
-    with mode, _meter_of(fake) as meter:
+    with mode, _meter_of(fake, mode) as meter:
         batch, state = _fake_batch(shape), _fake_state(blank)
         meter.num_labels = _labels_of_a_part(shape, settings)
         with meter, beside or nullcontext():
@@ -116,7 +117,7 @@ def peak_of_forward(model: Any, shape: BatchShape) -> int:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _ShapesOnly(mode):
         fake = copy.deepcopy(model).eval()
-    with mode, _meter_of(fake) as meter, torch.no_grad():
+    with mode, _meter_of(fake, mode) as meter, torch.no_grad():
         batch = _fake_batch(shape)
         with meter:
             fake(
@@ -181,9 +182,9 @@ def _fake_state(blank: OptimizerState) -> OptimizerState:
 
 
 @contextmanager
-def _meter_of(model: nn.Module) -> Iterator["Meter"]:
+def _meter_of(model: nn.Module, mode: FakeTensorMode) -> Iterator["Meter"]:
     """A meter that is told each MoE layer's top-k before the layer runs, and when it runs."""
-    meter = Meter()
+    meter = Meter(mode)
 
     def tell(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         meter.top_k = inputs[1].shape[1]
@@ -203,9 +204,10 @@ def _meter_of(model: nn.Module) -> Iterator["Meter"]:
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of live storages, and answers to the few operations whose result depends on data."""
 
-    def __init__(self) -> None:
-        """Nothing counted yet."""
+    def __init__(self, mode: FakeTensorMode) -> None:
+        """Nothing counted yet; tensors are of ``mode``."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._known = KnownShapes(mode)
         self.live = 0
         self.peaks = [0]
         """Peaks of stretches of the step."""
@@ -231,19 +233,18 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run one operation on tensors without storage, and count what it makes."""
         kwargs = kwargs or {}
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                # First seen as an input: made before the count began, so the model's.
-                self._see(tensor, counts=False)
+        for tensor in tensors_in((args, kwargs)):
+            # First seen as an input: made before the count began, so the model's.
+            self._see(tensor, counts=False)
         made = self.answer(func, args, kwargs)
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._see(tensor, counts=True)
+        for tensor in tensors_in(made):
+            self._see(tensor, counts=True)
         return made
 
     def _see(self, tensor: Tensor, *, counts: bool) -> None:
-        if tensor.is_meta:
+        if _SEEN in tensor.__dict__:
             return
+        tensor.__dict__[_SEEN] = True
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._bytes:
@@ -265,7 +266,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0].new_empty((self.num_labels, *args[0].shape[args[1][0].dim() :]))
         if func is _aten._grouped_mm.default:
             return _grouped(*args, **kwargs)
-        return func(*args, **kwargs)
+        return self._known.answer(func, args, kwargs)
 
     def _number(self, tensor: Tensor) -> float:
         """A tensor's one value: 1 is a number that optimizers can divide by, and a mask is never all ones."""
