@@ -24,13 +24,16 @@ demo: $(VENV)/.installed  ## What each of four methods knows and says on the emb
 
 # Processes that run test files side by side; each test uses one thread.
 TEST_JOBS ?= 2
+# Tests write, flush and delete some ten thousand small files: in memory where a gigabyte of it is free for files.
+TEST_TMP ?= $(shell [ -w /dev/shm ] && [ "$$(df -Pk /dev/shm | awk 'NR == 2 {print $$4}')" -gt 1048576 ] && echo /dev/shm)
+PYTEST = $(if $(TEST_TMP),TMPDIR=$(TEST_TMP)) $(BIN)/python -m pytest
 
 test: $(VENV)/.installed-dev  ## The fast tests.
-	$(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile
+	$(PYTEST) --numprocesses $(TEST_JOBS) --dist loadfile
 
 test-all: $(VENV)/.installed-dev  ## The slow tests, and the fast ones in random order; `SEED=...` repeats an order.
-	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1200
-	$(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile --random-order --random-order-seed $(SEED)
+	$(PYTEST) -m "slow and not gpu" --timeout 1200
+	$(PYTEST) --numprocesses $(TEST_JOBS) --dist loadfile --random-order --random-order-seed $(SEED)
 
 check: $(VENV)/.installed-dev  ## Format, lint and types.
 	$(BIN)/ruff format --check .
