@@ -102,7 +102,7 @@ def test_server_sgd_at_rate_1_is_fedavg_bit_for_bit(dtype):
         assert equal_bits(states[0].tensors["w"], states[1].tensors["w"])
 
 
-@pytest.mark.parametrize("experts", ["false", "true"])
+@pytest.mark.parametrize("experts", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_a_run_of_server_sgd_at_rate_1_is_fedavg(experts, make_config, tmp_path, quiet):
     ends = {}
     for name, settings in (("fedavg", ()), ("fedavgm", ("algorithm.momentum=0",))):

@@ -98,7 +98,7 @@ def assert_same_runs(one, other):
     ("name", "settings"),
     [
         ("fedavg_finetune", ("algorithm.federated_rounds=2",)),
-        ("fedper", ("algorithm.personal_layers=0",)),
+        pytest.param("fedper", ("algorithm.personal_layers=0",), marks=pytest.mark.slow),
         ("fedrep", ("algorithm.personal_layers=0", "algorithm.head_steps=0")),
     ],
 )
@@ -109,7 +109,7 @@ def test_a_method_without_anything_personal_is_fedavg(run, name, settings):
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("fedper", ("algorithm.personal_layers=2",)),
+        pytest.param("fedper", ("algorithm.personal_layers=2",), marks=pytest.mark.slow),
         ("fedrep", ("algorithm.personal_layers=2", "algorithm.head_steps=2")),
     ],
 )
@@ -139,7 +139,7 @@ def test_ditto_without_pull_is_local_only_beside_fedavg(run, state):
     ("name", "settings"),
     [
         ("ditto", ("algorithm.strength=0.7",)),
-        ("feddpa", ("algorithm.variant=T", "algorithm.mix=0.3")),
+        pytest.param("feddpa", ("algorithm.variant=T", "algorithm.mix=0.3"), marks=pytest.mark.slow),
         ("feddpa", ("algorithm.variant=F", "algorithm.federated_rounds=2")),
     ],
 )
@@ -417,7 +417,7 @@ def test_fusion_weights_are_the_best_of_the_grid(run):
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("fedper", ("algorithm.personal_layers=1",)),
+        pytest.param("fedper", ("algorithm.personal_layers=1",), marks=pytest.mark.slow),
         ("fedrep", ("algorithm.personal_layers=1", "algorithm.head_steps=1")),
         pytest.param(*("ditto", ("algorithm.strength=0.1",)), marks=pytest.mark.slow),
         pytest.param(*("feddpa", ("algorithm.variant=T",)), marks=pytest.mark.slow),

@@ -106,7 +106,7 @@ TRAINING = {
 }
 
 
-@pytest.fixture(params=["inprocess", "flower"])
+@pytest.fixture(params=[pytest.param("inprocess", marks=pytest.mark.slow), "flower"])
 def run(request, make_config, tmp_path, quiet, monkeypatch):
     """Run ``method`` with one client whose answers to ``task`` go through ``change``."""
 

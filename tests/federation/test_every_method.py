@@ -85,7 +85,7 @@ def method(request):
     return request.param
 
 
-OF_EACH_KIND = {"fedamole", "fedavg_experts", "fedrep", "flex", "flora", "flux", "scaffold"}
+OF_EACH_KIND = {"fedamole", "fedrep", "flex", "flux", "scaffold"}
 """Methods whose state differs in kind: fast tests take these over Flower and export them, slow ones all."""
 
 
