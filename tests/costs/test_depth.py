@@ -20,7 +20,7 @@ SHAPES = (
 """In the first the logits are the fullest moment of some models; in the second the gradients are."""
 FAMILIES = {"qwen2_moe": 6, "deepseek": 6, "gpt_oss": 10, "qwen3_moe": 7, "mixtral": 7, "granitemoe": 7}
 """Layers by family: deepseek's first is dense, gpt_oss's alternate."""
-FAST = {("qwen2_moe", "with_grafts")}
+FAST = {("qwen2_moe", "with_grafts"), ("qwen2_moe", "with_all_experts")}
 
 
 def deep(family: str) -> Any:

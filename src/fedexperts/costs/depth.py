@@ -62,8 +62,9 @@ def _extended(few: Stretches, more: Stretches, further: int) -> int | None:
     pairs = [
         *zip(few.forward[-calls - 1 :], more.forward[-calls - 1 :], strict=True),
         *zip(few.backward[:per], more.backward[:per], strict=True),
-        # From the last repetition on, whose place is counted from the end.
-        *zip(few.backward[per:], more.backward[2 * per :], strict=True),
+        # The last repetitions and the end of the step, whose places are counted from the end: where gradients
+        # of a layer are larger than what it keeps for them, memory grows until there.
+        *zip(few.backward, more.backward[per:], strict=True),
     ]
     return max(*more.forward, *(later + (later - earlier) * further for earlier, later in pairs))
 
