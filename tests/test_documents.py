@@ -136,6 +136,7 @@ FLUX = json.loads((ROOT / "experiments/flux/results.json").read_text())
 ASYNCHRONOUS = json.loads((ROOT / "experiments/asynchronous/results.json").read_text())
 CLOSED = json.loads((ROOT / "experiments/closed_gates/results.json").read_text())
 EXTRACTION = json.loads((ROOT / "experiments/extraction/results.json").read_text())
+EIGHT = json.loads((ROOT / "experiments/eight_clients/results.json").read_text())
 PRIVACY = json.loads((ROOT / "experiments/privacy/results.json").read_text())
 
 
@@ -148,6 +149,12 @@ def told(runs, quantity, factor=100, digits=1):
     """Return mean ± standard deviation over the seeds that have a quantity, or nothing if none has it."""
     own = [factor * run[quantity] for run in runs if quantity in run]
     return f"{statistics.mean(own):.{digits}f} ± {statistics.stdev(own):.{digits}f}" if own else ""
+
+
+def to_six_digits(cell):
+    """Return a number of bytes as results hold it; any other cell as it is."""
+    number = cell.removesuffix(" B")
+    return cell if number == cell else f"{float(number.replace(',', '')):.6g}"
 
 
 def flux_cells(method):
@@ -196,6 +203,22 @@ def extraction_cells(run):
     return [*cells, told(runs, "mean.rougeL_before"), told(runs, "mean.rougeL_after")]
 
 
+def eight_cells(run):
+    """Return the cells after what is trained."""
+    runs = seeds_of(EIGHT, run)
+    names = (
+        "mean.rougeL_before",
+        "mean.rougeL_after",
+        "mean.loss_after",
+        "mean.exact_match_after",
+        "exam.global",
+    )
+    scores = [told(runs, name, *((1, 3) if name == "mean.loss_after" else ())) for name in names]
+    spread = told(runs, "expert_balance_std.personalised", 1, 0)
+    (upload,) = {run["bytes.upload_per_client_round"] for run in runs}
+    return [*scores, *(told(runs, name) for name in RETENTION), spread, f"{upload:.6g}"]
+
+
 def asynchronous_cells(server):
     """Return the cells after the uploads of a step."""
     runs = seeds_of(ASYNCHRONOUS, server)
@@ -217,11 +240,12 @@ def asynchronous_cells(server):
         ("## Differential privacy", "## Memorised", PRIVACY, privacy_cells),
         ("## Memorised", "## Asynchronous", EXTRACTION, extraction_cells),
         ("## Asynchronous", "## Eight clients", ASYNCHRONOUS, asynchronous_cells),
+        ("## Eight clients", "## The gate", EIGHT, eight_cells),
     ],
 )
 def test_a_table_of_variants_is_what_was_measured(start, end, measured, cells_of):
     text = (ROOT / "docs/results.md").read_text()
     table = text[text.index(start) : text.index(end)].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith("| `")]
-    shown = {variant.strip("`"): cells for variant, _, *cells in rows}
+    shown = {variant.strip("`"): [to_six_digits(cell) for cell in cells] for variant, _, *cells in rows}
     assert shown == {one: cells_of(one) for one in {run["name"].split("-seed-")[0] for run in measured}}

@@ -98,3 +98,51 @@ def test_a_short_name_is_the_shortest_ending_that_tells_keys_apart():
         "data.partition.alpha": "alpha",
         "model.name": "model.name",
     }
+
+
+def named(variant, result):
+    return Run(name=f"{variant}-seed-{result['settings']['seed']}", result=result)
+
+
+def rank_and_rate(method, seed, rank, rate, task=0.0):
+    result = with_settings(make_result(method, seed), "adapter", rank=rank, alpha=2.0 * rank)
+    result = with_settings(result, "training", lr=rate)
+    return with_settings(result, "data", disagreement=task)
+
+
+def test_long_labels_give_way_to_the_names_of_variants():
+    runs = [named("plain", rank_and_rate("fedavg", seed, 8, 0.01)) for seed in (0, 1)] + [
+        named("wide", rank_and_rate("fedavg", seed, 44, 0.03)) for seed in (0, 1)
+    ]
+    methods = methods_of(runs)
+    assert {(method.name, method.algorithm) for method in methods} == {
+        ("plain", "fedavg"),
+        ("wide", "fedavg"),
+    }
+    assert [len(method.runs) for method in methods] == [2, 2]
+
+
+def test_the_task_s_part_of_a_variant_is_left_out():
+    runs = [
+        named(f"{world}-{name}", rank_and_rate("fedavg", 0, rank, rate, task))
+        for world, task in (("agree", 0.0), ("disagree", 1.0))
+        for name, rank, rate in (("plain", 8, 0.01), ("wide", 44, 0.03))
+    ]
+    methods = methods_of(runs)
+    assert {(method.task, method.name) for method in methods} == {
+        (f"data.disagreement={task}", name) for task in (0, 1) for name in ("plain", "wide")
+    }
+
+
+def test_names_that_do_not_tell_methods_apart_are_not_taken():
+    by_settings = {"fedavg rank=44 alpha=88 lr=0.03", "fedavg rank=8 alpha=16 lr=0.01"}
+    one, two = (rank_and_rate("fedavg", 0, *how) for how in ((8, 0.01), (44, 0.03)))
+    assert {method.name for method in methods_of([named("x", one), named("x", two)])} == by_settings
+    again = rank_and_rate("fedavg", 1, 8, 0.01)
+    runs = [named("x", one), named("y", again), named("z", two)]
+    assert {method.name for method in methods_of(runs)} == by_settings
+
+
+def test_short_labels_stay():
+    runs = [named("a", make_result("flex", gate_init=-4.0)), named("b", make_result("flex", gate_init=0.0))]
+    assert {method.name for method in methods_of(runs)} == {"flex gate_init=-4", "flex gate_init=0"}

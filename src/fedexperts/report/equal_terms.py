@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedexperts.report.grouping import Method
+from fedexperts.report.grouping import Method, variant_of
 from fedexperts.report.quantities import Spread, text, title_of
-from fedexperts.report.reading import Run, Suite
+from fedexperts.report.reading import Suite
 from fedexperts.report.tables import Table, make_table
 
 _BYTES = ("bytes.upload_per_client_round", "bytes.download_per_client_round")
@@ -31,12 +31,7 @@ def equal_tables(suite: Suite, methods: Sequence[Method]) -> list[Table]:
 
 
 def _of_groups(methods: Sequence[Method], groups: Sequence[str]) -> list[Method]:
-    return [method for method in methods if _group(method.runs[0]) in groups]
-
-
-def _group(run: Run) -> str:
-    """Return the name that a suite gives to the run and to those of other seeds."""
-    return run.name.removesuffix(f"-seed-{run.seed}")
+    return [method for method in methods if variant_of(method.runs[0]) in groups]
 
 
 def _table(caption: str, methods: Sequence[Method], search: Mapping[str, Any]) -> Table:
@@ -52,7 +47,7 @@ def _table(caption: str, methods: Sequence[Method], search: Mapping[str, Any]) -
 
 def _tried(method: Method, search: Mapping[str, Any]) -> str:
     """Return the number of runs that the search spent on the method."""
-    found = (search.get("groups") or {}).get(_group(method.runs[0])) or {}
+    found = (search.get("groups") or {}).get(variant_of(method.runs[0])) or {}
     return str(sum(len(point["scores"]) for point in found.get("tried") or ()))
 
 

@@ -4,12 +4,14 @@ The keys that vary under ``data``, ``model`` and ``evaluation`` make a *task*: s
 the best only marked, within one task. How often a run is evaluated is no part of it. The other varying keys
 go into the method's label, beside the name of its algorithm, where they vary among the runs of that
 algorithm; keys of ``adapter`` also where they differ from what most methods have. A rate that a search chose
-for a whole algorithm stays out.
+for a whole algorithm stays out. Where that makes long labels, the names that the suite gives to its variants
+are taken instead.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from fedexperts.report.quantities import Spread, leaves, spread
@@ -20,6 +22,8 @@ TASK_SECTIONS = ("data", "model", "evaluation")
 _HOW_OFTEN = "evaluation.every"
 """Of the evaluation this alone changes no score: rounds may be of different lengths."""
 _ALGORITHM = "algorithm.name"
+_LONG = 30
+"""Letters from which on names of settings are long."""
 Flat = dict[str, Any]
 
 
@@ -28,7 +32,9 @@ class Method:
     """One way of training on one task, and its runs in order of seed."""
 
     name: str
-    """Algorithm and the varied keys, as ``flex gate_init=-4``."""
+    """Algorithm and the varied keys, as ``flex gate_init=-4``, or the name of its variant in the suite."""
+    algorithm: str
+    """Name of its algorithm."""
     task: str
     """The varied keys of data, model and evaluation; empty where the suite has one task."""
     runs: tuple[Run, ...]
@@ -89,7 +95,7 @@ def methods_of(runs: Sequence[Run]) -> tuple[Method, ...]:
     for run in runs:
         groups.setdefault(repr(sorted(settings_of(run).items())), []).append(run)
     grouped = [sorted(group, key=lambda run: (run.seed, run.name)) for group in groups.values()]
-    methods = _label([settings_of(group[0]) for group in grouped], grouped)
+    methods = _named_as_variants(_label([settings_of(group[0]) for group in grouped], grouped))
     tasks = list(dict.fromkeys(method.task for method in methods))
     return tuple(sorted(methods, key=lambda method: (tasks.index(method.task), *_rank(method))))
 
@@ -111,8 +117,42 @@ def _label(all_settings: list[Flat], groups: list[list[Run]]) -> list[Method]:
         own = _without_defaults(own, all_settings)
         name = " ".join([str(settings[_ALGORITHM]), *_pairs(settings, own, names)])
         task = " ".join(_pairs(settings, task_keys, names))
-        methods.append(Method(name=name, task=task, runs=tuple(group)))
+        methods.append(Method(name=name, algorithm=str(settings[_ALGORITHM]), task=task, runs=tuple(group)))
     return methods
+
+
+def variant_of(run: Run) -> str:
+    """Return the name that a suite gives to the run and to those of other seeds."""
+    return run.name.removesuffix(f"-seed-{run.seed}")
+
+
+def _named_as_variants(methods: list[Method]) -> list[Method]:
+    """Return the methods under their variants' names, without the task's, if those of settings are long.
+
+    They stay as they are unless each method has one variant, and is the same variant in every task.
+    """
+    if max((len(method.name) for method in methods), default=0) <= _LONG:
+        return methods
+    found: dict[str, set[str]] = {}
+    for group in tasks_of(methods).values():
+        variants = [{variant_of(run) for run in method.runs} for method in group]
+        begun = _common_start([name for names in variants for name in names]) if _has_tasks(methods) else ""
+        for method, own in zip(group, variants, strict=True):
+            found.setdefault(method.name, set()).update(name.removeprefix(begun) for name in own)
+    names = {old: next(iter(new)) for old, new in found.items() if len(new) == 1}
+    if len(names) < len(found) or "" in names.values() or len(set(names.values())) < len(names):
+        return methods
+    return [replace(method, name=names[method.name]) for method in methods]
+
+
+def _has_tasks(methods: Sequence[Method]) -> bool:
+    return len({method.task for method in methods}) > 1
+
+
+def _common_start(names: Sequence[str]) -> str:
+    """Return the parts between hyphens with which all names begin."""
+    columns = zip(*(name.split("-") for name in names), strict=False)
+    return "".join(f"{parts[0]}-" for parts in takewhile(lambda parts: len(set(parts)) == 1, columns))
 
 
 def _without_defaults(keys: Iterable[str], all_settings: Sequence[Flat]) -> list[str]:

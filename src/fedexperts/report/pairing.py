@@ -69,7 +69,7 @@ def compare_methods(methods: Sequence[Method], against: str = "") -> list[Compar
         UserError: ``against`` is neither the name of a method nor of an algorithm.
     """
     names = dict.fromkeys(method.name for method in methods)
-    if against and not any(_is_named(name, against) for name in names):
+    if against and not any(_is_named(method, against) for method in methods):
         raise UserError(
             f"--against {against!r} is no method of this report; it must be one of {', '.join(names)}"
         )
@@ -91,13 +91,13 @@ def scores_of(compared: Sequence[Compared]) -> list[str]:
     return [score for score in ("rougeL_after", "loss_after", *SCORES) if score in found]
 
 
-def _is_named(name: str, wanted: str) -> bool:
-    return wanted in {name, name.partition(" ")[0]}
+def _is_named(method: Method, wanted: str) -> bool:
+    return wanted in {method.name, method.algorithm}
 
 
 def _reference(group: Sequence[Method], wanted: Sequence[str]) -> Method | None:
     """The first of ``wanted`` that is in the group; of several settings of one algorithm the best."""
-    found = (method for name in wanted for method in group if _is_named(method.name, name))
+    found = (method for name in wanted for method in group if _is_named(method, name))
     return next(found, None)
 
 
