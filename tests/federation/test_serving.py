@@ -2,6 +2,8 @@
 
 import json
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from test_flower_launch import FLWR
@@ -78,6 +80,20 @@ def test_a_server_that_is_killed_again_and_again_without_a_round_gives_up(serve,
     with pytest.raises(ServerLostError, match=r"Finished rounds are kept: --resume"):
         serve("pass")
     assert len(caplog.messages) == 2
+
+
+def test_a_superlink_that_ends_as_soon_as_it_has_started_is_given_up(serve, tmp_path, monkeypatch, caplog):
+    @contextmanager
+    def link_that_ended(keys, host, port):
+        yield SimpleNamespace(sites={"north": "7"}, is_up=lambda: False)
+
+    monkeypatch.setattr(serving, "open_link", link_that_ended)
+    with pytest.raises(
+        ServerLostError, match=r"^the SuperLink at 127.0.0.1:\d+ ends as soon as it has started$"
+    ):
+        serve("pass")
+    assert caplog.messages == ["the server's SuperLink was killed; going on after round 0"] * 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_as_long_as_rounds_are_finished_the_server_goes_on(serve, tmp_path, caplog):

@@ -64,16 +64,20 @@ def run_server(
         with open_link(keys, *address) as link:
             _refuse_few_keys(config, keys, link)
             progress.message(f"waiting at {listen} for {partition.num_clients} of {', '.join(link.sites)}")
-            while link.is_up():
+            is_up = True
+            while is_up:
+                has_begun = link.is_up()
                 try:
+                    if not has_begun:
+                        raise ServerLostError(f"the SuperLink at {listen} ends as soon as it has started")
                     return run_experiment(config, run.path, progress=progress, resume=resume, link=link)
                 except ServerLostError:
                     reached = max(run.kept_rounds(), default=0)
                     num_losses = 1 if reached > num_rounds else num_losses + 1
                     if num_losses == MOST_LOSSES:
                         raise
-                    num_rounds, resume = reached, True
-                    lost = "process in Flower" if link.is_up() else "SuperLink"
+                    num_rounds, resume, is_up = reached, resume or has_begun, link.is_up()
+                    lost = "process in Flower" if is_up else "SuperLink"
                     logger.warning("the server's %s was killed; going on after round %d", lost, num_rounds)
 
 
