@@ -90,6 +90,10 @@ class Deployment:
 
     folder: Path
     port: int
+    host: str = "127.0.0.1"
+    """Address of the server."""
+    prefixes: dict = field(default_factory=dict)
+    """Words before a program's command, by name: what starts it on another host."""
     programs: dict = field(default_factory=dict)
     """Running programs of the users, by name."""
     num_starts: dict = field(default_factory=dict)
@@ -99,7 +103,10 @@ class Deployment:
         return self.folder / "run"
 
     def start(self, name):
-        command = [sys.executable, "-m", "fedexperts", *self.arguments(name)]
+        command = [
+            *self.prefixes.get(name, ()),
+            *(sys.executable, "-m", "fedexperts", *self.arguments(name)),
+        ]
         with (self.folder / f"{name}.log").open("a") as log:
             self.programs[name] = subprocess.Popen(
                 command,
@@ -113,7 +120,7 @@ class Deployment:
         self.num_starts[name] = self.num_starts.get(name, 0) + 1
 
     def arguments(self, name):
-        address = f"127.0.0.1:{self.port}"
+        address = f"{self.host}:{self.port}"
         if name == "server":
             is_begun = (self.run / "config.toml").exists()
             what = ["--resume", "run"] if is_begun else ["experiment.toml", "--to", "run"]
@@ -159,18 +166,18 @@ class Deployment:
 
 
 @contextmanager
-def deployed(config, folder):
+def deployed(config, folder, host="127.0.0.1", prefixes=None):
     """A server and its sites, which end with the block."""
     folder.mkdir(parents=True)
     (folder / "experiment.toml").write_text(resolved_toml(config))
-    make_keys(folder / "keys", list(SITES))
+    make_keys(folder / "keys", list(SITES), hosts=[host])
     for number, site in enumerate(SITES):
         taught = [make_example(seed=0, category=CATEGORIES[number], index=index) for index in range(20)]
         rows = [{"instruction": e.instruction, "context": e.context, "response": e.response} for e in taught]
         (folder / f"{site}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        deployment = Deployment(folder, probe.getsockname()[1])
+        deployment = Deployment(folder, probe.getsockname()[1], host, prefixes or {})
     try:
         for name in ("server", *SITES):
             deployment.start(name)
