@@ -1,6 +1,6 @@
 """A server and two sites on hosts with addresses of their own; one is cut off in a round, and healed.
 
-Hosts are network namespaces behind a switch, which need root. Nothing of the machine's own network is touched.
+Hosts are network namespaces behind a switch, which need root. The machine's own network is not touched.
 """
 
 import os
