@@ -4,6 +4,7 @@ from synthetic_runs import make_result
 
 from fedexperts.report.grouping import methods_of, short_names
 from fedexperts.report.reading import Run
+from fedexperts.report.summary import at_a_glance
 
 
 def runs_of(*results):
@@ -146,3 +147,15 @@ def test_names_that_do_not_tell_methods_apart_are_not_taken():
 def test_short_labels_stay():
     runs = [named("a", make_result("flex", gate_init=-4.0)), named("b", make_result("flex", gate_init=0.0))]
     assert {method.name for method in methods_of(runs)} == {"flex gate_init=-4", "flex gate_init=0"}
+
+
+def test_methods_with_the_same_guarantee_are_named_together():
+    privacy = {"epsilon": 355.2, "delta": 1e-5, "noise": "server", "noise_is_secret": True, "clip_norm": 1.0}
+    own = {"flex": privacy, "fedavg": privacy, "local_only": privacy | {"epsilon": None}}
+    results = [make_result(name, seed) | {"privacy": one} for name, one in own.items() for seed in (0, 1)]
+    said = [one for one in at_a_glance(methods_of(runs_of(*results))) if "differential privacy" in one]
+    assert sorted(said) == [
+        "flex, fedavg: differential privacy of clients with epsilon 355 at delta 1e-05 for the shared "
+        "tensors, not for scores and losses (noise by the server).",
+        "local_only: changes are clipped to a norm of 1.0, without noise: no differential privacy.",
+    ]

@@ -115,9 +115,13 @@ def at_a_glance(methods: Sequence[Method]) -> list[str]:
 
 
 def _privacy(methods: Sequence[Method]) -> list[str]:
-    """Say for each method with ``[privacy]`` what is guaranteed."""
-    found = {m.name: own for m in methods for run in m.runs if (own := run.result.get("privacy"))}
-    return [f"{name}: {_guarantee(own)}." for name, own in found.items()]
+    """Say of methods with ``[privacy]`` what is guaranteed, those with the same guarantee together."""
+    whose: dict[str, dict[str, None]] = {}
+    for method in methods:
+        for run in method.runs:
+            if own := run.result.get("privacy"):
+                whose.setdefault(_guarantee(own), {})[method.name] = None
+    return [f"{', '.join(names)}: {guarantee}." for guarantee, names in whose.items()]
 
 
 def _guarantee(privacy: Mapping[str, Any]) -> str:
