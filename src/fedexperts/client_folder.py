@@ -138,7 +138,8 @@ class ClientFolder:
 
     def _write(self, name: str, content: Content) -> None:
         make_private(self.path.parent)
-        write_atomically(self.path / name, content, is_private=True)
+        # The record that names the file is written next, and syncs the folder.
+        write_atomically(self.path / name, content, is_private=True, syncs_folder=False)
 
     def _note(self, first_kept_round: int | None, files: Mapping[str, str]) -> None:
         make_private(self.path.parent)

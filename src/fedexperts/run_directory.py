@@ -43,13 +43,17 @@ Content = bytes | Callable[[Path], object]
 """All that goes into a file, or what writes it to the path that it is given."""
 
 
-def write_atomically(path: Path, content: Content, *, is_private: bool = False) -> None:
+def write_atomically(
+    path: Path, content: Content, *, is_private: bool = False, syncs_folder: bool = True
+) -> None:
     """Write all of ``content`` or nothing: a reader, or a crash, sees the old file or the new one.
 
     Args:
         path: the file.
         content: all of it.
         is_private: let nobody but the owner read the file, or list its folder.
+        syncs_folder: after a loss of power the file is there under its name. Without it that holds once the
+            next file is written to the same folder.
 
     Raises:
         OSError: the disk is full, for one; the old file is then untouched and nothing else is left.
@@ -76,7 +80,8 @@ def write_atomically(path: Path, content: Content, *, is_private: bool = False) 
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    if syncs_folder:
+        _sync_folder(path.parent)
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """A client's own tensors on disk: versions by round, and nothing lost without a word."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -119,3 +122,17 @@ def test_values_that_are_not_finite_are_never_kept(store):
     with pytest.raises(UserError, match=r"its own tensor 'parameters/a/b\.weight' has values"):
         store.save(ID, kept(float("nan")), round_number=1, kept_round=0)
     assert not store.folder(ID).exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of descriptors are read there")
+def test_a_version_and_its_record_are_on_the_disk_under_their_names(store, monkeypatch):
+    """Two files are synced, and then once the folder that has both."""
+    synced, fsync = [], os.fsync
+
+    def told(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", told)
+    store.save(ID, kept(1.0), round_number=1, kept_round=0)
+    assert synced == [".personal-round-00001.safetensors.partial", ".kept.json.partial", ID]
