@@ -132,3 +132,28 @@ def test_many_processes_that_claim_and_give_up_never_meet(tmp_path):
         process.stdin.close()
     assert [process.wait(timeout=120) for process in processes] == [0, 0, 0, 0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_writer_puts_in_place_of_the_file_is_what_is_synced(tmp_path, monkeypatch):
+    """As safetensors does: a file of its own, renamed over the path that it is given."""
+    synced, fsync = [], os.fsync
+
+    def told(descriptor):
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def replaces(path):
+        other = path.with_name("other")
+        other.write_bytes(b"new")
+        other.chmod(0o600)
+        other.rename(path)
+
+    monkeypatch.setattr(os, "fsync", told)
+    (tmp_path / "plain").write_bytes(b"")
+    for is_private in (False, True):
+        path = tmp_path / f"private-{is_private}" / "file"
+        write_atomically(path, replaces, is_private=is_private)
+        assert path.read_bytes() == b"new"
+        assert path.stat().st_ino in synced
+        plain = (tmp_path / "plain").stat().st_mode & 0o777
+        assert path.stat().st_mode & 0o777 == (0o600 if is_private else plain)

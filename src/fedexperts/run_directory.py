@@ -64,17 +64,20 @@ def write_atomically(
     partial = path.with_name(f".{path.name}.partial")
     mode = 0o600 if is_private else 0o666
     try:
-        # Made first, so that nobody else can read a private file while it is written.
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, mode)
-        with _named_in_errors(path), os.fdopen(descriptor, "wb") as file:
-            if is_private:
-                os.fchmod(file.fileno(), mode)
+        with _named_in_errors(path):
+            # Made first, so that nobody else can read a private file while it is written.
+            with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+                if is_private:
+                    os.fchmod(file.fileno(), mode)
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+                if not callable(content):
+                    file.write(content)
             if callable(content):
                 content(partial)
-            else:
-                file.write(content)
-                file.flush()
-            os.fsync(file.fileno())
+            # Opened again: what writes to a path may put another file there, as safetensors does.
+            with partial.open("rb+") as file:
+                os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         with suppress(OSError):
