@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,10 @@ ASYNCHRONOUS = json.loads((ROOT / "experiments/asynchronous/results.json").read_
 CLOSED = json.loads((ROOT / "experiments/closed_gates/results.json").read_text())
 EXTRACTION = json.loads((ROOT / "experiments/extraction/results.json").read_text())
 EIGHT = json.loads((ROOT / "experiments/eight_clients/results.json").read_text())
+GATE, GATE_START, GATE_STEPS = (
+    json.loads((ROOT / f"experiments/{name}/results.json").read_text())
+    for name in ("gate", "gate_start", "gate_steps")
+)
 PRIVACY = json.loads((ROOT / "experiments/privacy/results.json").read_text())
 
 
@@ -219,6 +224,19 @@ def eight_cells(run):
     return [*scores, *(told(runs, name) for name in RETENTION), spread, f"{upload:.6g}"]
 
 
+def start_cells(graft):
+    """Return the cells after the graft, of the model before any training."""
+    runs = seeds_of(GATE_START, graft)
+    return [told(runs, "mean.loss_before", 1, 3), told(runs, "mean.rougeL_before")]
+
+
+def gate_cells(measured, run):
+    """Return the cells after what the gate is."""
+    runs = seeds_of(measured, run)
+    scores = [told(runs, "mean.loss_after", 1, 3), told(runs, "mean.rougeL_after")]
+    return [*scores, *(told(runs, name) for name in RETENTION)]
+
+
 def asynchronous_cells(server):
     """Return the cells after the uploads of a step."""
     runs = seeds_of(ASYNCHRONOUS, server)
@@ -241,6 +259,9 @@ def asynchronous_cells(server):
         ("## Memorised", "## Asynchronous", EXTRACTION, extraction_cells),
         ("## Asynchronous", "## Eight clients", ASYNCHRONOUS, asynchronous_cells),
         ("## Eight clients", "## The gate", EIGHT, eight_cells),
+        ("### At the start", "### After training", GATE_START, start_cells),
+        ("### After training", "### By steps", GATE, partial(gate_cells, GATE)),
+        ("### By steps", "## Not measured", GATE_STEPS, partial(gate_cells, GATE_STEPS)),
     ],
 )
 def test_a_table_of_variants_is_what_was_measured(start, end, measured, cells_of):
