@@ -36,6 +36,7 @@ ROWS = (
     ("costs.devices", "costs.stopwatch"),
     ("costs.depth",),
     ("costs.dry_run",),
+    ("costs.known_shapes",),
     ("training",),
     ("models",),
     ("data", "moe"),
