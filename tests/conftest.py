@@ -106,10 +106,10 @@ def make_config(tiny_checkpoint: Path) -> ConfigMaker:
             "training": {"num_local_steps": 2, "batch_size": 4},
             "algorithm": {"name": algorithm},
             "evaluation": {
-                "max_new_tokens": 4,
-                "max_test_examples": 3,
+                "max_new_tokens": 2,
+                "max_test_examples": 2,
                 "matrix": False,
-                "exam": {"num_questions": 6},
+                "exam": {"num_questions": 3},
                 "retention": {"num_free_questions": 0, "num_neutral": 0},
             },
         }

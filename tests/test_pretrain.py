@@ -61,6 +61,7 @@ def weights(folder):
     return (folder / "model.safetensors").read_bytes(), (folder / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_same_settings_give_the_same_bytes(micro, tmp_path):
     folder, report, _ = micro
     again = pretrain(MICRO, tmp_path / "again", lambda line: None)

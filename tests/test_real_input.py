@@ -178,20 +178,24 @@ def logits_in_the_run(exported, method, when):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_a_fresh_process_loads_the_export_to_the_same_bits(method, when, exported):
     assert torch.equal(exported.logits[f"{method}-{when}"], logits_in_the_run(exported, method, when))
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_local_steps_show_in_the_export(method, exported):
     assert not torch.equal(exported.logits[f"{method}-before"], exported.logits[f"{method}-after"])
 
 
+@pytest.mark.slow
 def test_plain_peft_loads_the_adapter_folder_to_the_same_bits(exported):
     assert torch.equal(exported.logits["fedavg-peft"], logits_in_the_run(exported, "fedavg", "after"))
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedavg_experts"])
+@pytest.mark.slow
 def test_plain_transformers_loads_the_checkpoint(method, exported):
     """LoRA is folded in: W x + B A x is summed in another order, some float32 roundings of logits near 10."""
     expected = logits_in_the_run(exported, method, "after")
@@ -199,12 +203,14 @@ def test_plain_transformers_loads_the_checkpoint(method, exported):
     assert not (exported.folder / f"{method}-checkpoint" / "fedexperts.json").exists()
 
 
+@pytest.mark.slow
 def test_grafts_cannot_be_a_plain_checkpoint(exported, tmp_path):
     with pytest.raises(UserError, match="client-001 has grafted experts, which a plain checkpoint"):
         export_client(exported.folder / "flex", "client-001", tmp_path / "to", as_checkpoint=True)
     assert not (tmp_path / "to").exists()
 
 
+@pytest.mark.slow
 def test_the_export_says_what_it_is(exported):
     record = read_json(exported.folder / "flex-after" / "fedexperts.json")
     assert record["client"] == "client-001"

@@ -256,6 +256,7 @@ def test_before_training_a_client_has_the_pretrained_model(parts):
 # Memory and settings
 
 
+@pytest.mark.slow
 def test_the_next_assignment_is_made_from_embeddings(run):
     options = ("data.partition.num_clients=4", "rounds=2")
     similar = state_of(run(*options)).beside

@@ -67,6 +67,7 @@ def test_local_graft_of_one_client_is_flex_of_one_client(run):
     assert local.result["parameters"]["travelling"] == 0
 
 
+@pytest.mark.slow
 def test_without_a_graft_local_graft_is_local_only_and_flex_is_fedavg(run):
     """No graft is asked for, so none is trained, kept or measured."""
     for method, reference in (("local_graft", "local_only"), ("flex", "fedavg")):

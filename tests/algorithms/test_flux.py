@@ -365,6 +365,7 @@ def test_on_a_bfloat16_model_an_expert_comes_again_in_float32_to_be_tuned():
     assert algorithm.download(state, "a").tensors == {}
 
 
+@pytest.mark.slow
 def test_a_bfloat16_model_is_tuned_in_float32_and_left_as_it_was(make_config, tmp_path, quiet):
     short = ("evaluation.exam.source=none", "evaluation.matrix=false", 'evaluation.metrics=["loss"]')
     config = make_config("flux", *SMALL, *short, "model.dtype=bfloat16", "algorithm.upload=int8")

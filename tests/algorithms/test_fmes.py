@@ -24,6 +24,7 @@ class StockFmes(Fmes):
     order: ClassVar = "stock"
 
 
+@pytest.mark.slow
 def test_all_experts_tuned_is_fedavg_of_all_experts(make_config, tmp_path, quiet, monkeypatch):
     monkeypatch.setitem(ALGORITHMS, "stock_fmes", StockFmes)
     one, expected = run(make_config("fedavg_experts"), tmp_path / "fedavg", quiet)

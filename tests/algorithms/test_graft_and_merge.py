@@ -41,6 +41,7 @@ def test_room_for_every_expert_is_flex_with_averaged_experts(make_config, tmp_pa
         assert own["chosen_experts"] == one["algorithm"]["chosen_experts"]
 
 
+@pytest.mark.slow
 def test_a_closed_gate_is_flux(make_config, tmp_path, quiet):
     # Clipping would sum the norms of more gradients, in another order.
     closed = ("algorithm.graft.gate_bias=-200", "algorithm.graft.gate_init=zero", *UNCLIPPED)

@@ -37,7 +37,11 @@ BOTH_FAMILIES = pytest.mark.parametrize(
     ("family", "options"),
     [
         ("qwen2_moe", ()),
-        ("granitemoe", ("algorithm.merge.refit_down=true", "algorithm.upload=int8", "model.dtype=bfloat16")),
+        pytest.param(
+            "granitemoe",
+            ("algorithm.merge.refit_down=true", "algorithm.upload=int8", "model.dtype=bfloat16"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 
@@ -178,6 +182,7 @@ def test_where_clients_run_is_no_part_of_what_ran(make_config):
     assert difference(resident, process) == []
 
 
+@pytest.mark.slow
 def test_check_predicts_the_memory_of_a_process(make_config):
     report = check_experiment(make_config("flux", *FLUX, PROCESS))
     assert report.memory.copies == 0

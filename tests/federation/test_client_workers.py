@@ -48,6 +48,7 @@ class Interrupting(QuietProgress):
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_bits_of_one_also_when_they_take_over_its_run(make_config, tmp_path, quiet):
     one = make_config("flex", "cohort.size=2")
     two = make_config("flex", "cohort.size=2", "transport.workers=2")

@@ -38,15 +38,6 @@ def identity(run: Path) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_counted_bytes_are_the_predicted_bytes(method, make_config, tmp_path, quiet):
-    result = run_experiment(make_config(method), tmp_path / "run", progress=quiet)
-    assert result["bytes"]["upload_counted"] == result["bytes"]["upload_predicted"] > 0
-    assert result["bytes"]["download_counted"] == result["bytes"]["download_predicted"] > 0
-    assert result["frozen_unchanged"]
-    assert result["failures"] == []
-
-
 def test_the_exam_of_clients_models_is_told_by_subject(make_config, tmp_path, quiet):
     config = make_config("local_only")
     exam = run_experiment(config, tmp_path / "run", progress=quiet)["exam"]

@@ -6,7 +6,11 @@ from fedexperts.evaluation.retention import RETENTION_SCORES
 from fedexperts.run_directory import read_json, read_lines
 from fedexperts.running.experiment import run_experiment
 
-FEW = ("evaluation.retention.num_free_questions=4", "evaluation.retention.num_neutral=3")
+FEW = (
+    "evaluation.exam.num_questions=6",
+    "evaluation.retention.num_free_questions=4",
+    "evaluation.retention.num_neutral=3",
+)
 
 
 @pytest.fixture

@@ -154,6 +154,7 @@ def test_colours_are_the_style_sheet_s_so_that_dark_ground_can_change_them(repor
     assert set(re.findall(r"#[0-9a-f]{6}\b", drawings)) <= {"#ffffff"}
 
 
+@pytest.mark.slow
 def test_the_same_directories_give_the_same_bytes(run_directory):
     assert read_report(run_directory) == read_report(run_directory)
 

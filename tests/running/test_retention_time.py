@@ -28,6 +28,7 @@ def test_check_counts_the_models_that_the_run_asks(
         "training.num_local_steps=1",
         f"evaluation.every={every}",
         f"evaluation.exam.personalised={personalised}",
+        "evaluation.exam.num_questions=6",
         "evaluation.retention.num_free_questions=6",
         "evaluation.retention.num_neutral=2",
         "data.partition.num_clients=2",

@@ -47,6 +47,7 @@ def mixed(tmp_path_factory):
     return folder / "out", outcome, [record.getMessage() for record in records]
 
 
+@pytest.mark.slow
 def test_runs_that_fail_do_not_stop_the_others(mixed):
     _, outcome, _ = mixed
     assert outcome.finished == ["seed-0", "seed-5"]
@@ -58,6 +59,7 @@ def test_runs_that_fail_do_not_stop_the_others(mixed):
     }
 
 
+@pytest.mark.slow
 def test_progress_and_log_name_their_run(mixed):
     said = mixed[2]
     phases = sorted(line for line in said if "loading" in line)
@@ -65,6 +67,7 @@ def test_progress_and_log_name_their_run(mixed):
     assert "seed-5: the weather is strange" in said
 
 
+@pytest.mark.slow
 def test_runs_are_in_other_processes(mixed):
     pids = {read_json(path)["pid"] for path in mixed[0].glob("runs/*/result.json")}
     assert pids
