@@ -108,13 +108,15 @@ def _key_of(value: Any, inputs: list[FakeTensor]) -> Any:
 
 
 def _remembered(made: Any, inputs: Sequence[FakeTensor]) -> Any:
-    if isinstance(made, list | tuple):
-        several = [_remembered_tensor(one, inputs) for one in made]
-        storages = [one.untyped_storage()._cdata for one in made if type(one) is FakeTensor]
-        fresh = set(storages) - {one.untyped_storage()._cdata for one in inputs}
-        is_plain = None not in several and sum(one in fresh for one in storages) == len(fresh)
-        return type(made)(several) if is_plain else None
-    return _remembered_tensor(made, inputs)
+    """Return what the same result is made from the next time; None if it cannot be."""
+    if not isinstance(made, list | tuple):
+        return _remembered_tensor(made, inputs)
+    several = [_remembered_tensor(one, inputs) for one in made]
+    if None in several:
+        return None
+    taken = {one.untyped_storage()._cdata for one in inputs}
+    own = [key for one in made if (key := one.untyped_storage()._cdata) not in taken]
+    return type(made)(several) if len(own) == len(set(own)) else None  # no two share a new storage
 
 
 def _remembered_tensor(made: Any, inputs: Sequence[FakeTensor]) -> _Made | int | None:
@@ -125,7 +127,7 @@ def _remembered_tensor(made: Any, inputs: Sequence[FakeTensor]) -> _Made | int |
     for index, one in enumerate(inputs):
         if made is one:
             return index
-        if storage._cdata == one.untyped_storage()._cdata:
+        if source is None and storage._cdata == one.untyped_storage()._cdata:
             source = index
     offset = int(made.storage_offset())
     if source is None:
