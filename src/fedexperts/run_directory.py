@@ -76,7 +76,8 @@ def write_atomically(
                 content(partial)
             # Opened again: what writes to a path may put another file there, as safetensors does.
             with partial.open("rb+") as file:
-                os.fchmod(file.fileno(), mode)
+                if stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:
+                    os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
