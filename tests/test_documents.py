@@ -211,17 +211,14 @@ def extraction_cells(run):
 def eight_cells(run):
     """Return the cells after what is trained."""
     runs = seeds_of(EIGHT, run)
-    names = (
-        "mean.rougeL_before",
-        "mean.rougeL_after",
-        "mean.loss_after",
-        "mean.exact_match_after",
-        "exam.global",
-    )
-    scores = [told(runs, name, *((1, 3) if name == "mean.loss_after" else ())) for name in names]
-    spread = told(runs, "expert_balance_std.personalised", 1, 0)
     (upload,) = {run["bytes.upload_per_client_round"] for run in runs}
-    return [*scores, *(told(runs, name) for name in RETENTION), spread, f"{upload:.6g}"]
+    return [
+        *(told(runs, f"mean.rougeL_{when}") for when in ("before", "after")),
+        told(runs, "mean.loss_after", 1, 3),
+        *(told(runs, name) for name in ("mean.exact_match_after", "exam.global", *RETENTION)),
+        told(runs, "expert_balance_std.personalised", 1, 0),
+        f"{upload:.6g}",
+    ]
 
 
 def start_cells(graft):

@@ -147,6 +147,13 @@ class Deployment:
         deaths = read_lines(self.folder / "deaths.jsonl")
         assert sum(death["killed"] > 0 for death in deaths) >= least * sum(map(len, plans.values())), deaths
 
+    def wait_for(self, condition, seconds):
+        """Wait until ``condition()`` holds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.last_words()
+            time.sleep(0.02)
+
     def last_words(self):
         logs = [self.folder / f"{name}.log" for name in self.programs]
         logs += [*self.folder.glob("site-*/site.log"), self.run / "flower.log"]
