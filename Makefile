@@ -32,7 +32,7 @@ test: $(VENV)/.installed-dev  ## The fast tests.
 	$(PYTEST) --numprocesses $(TEST_JOBS) --dist loadfile
 
 test-all: $(VENV)/.installed-dev  ## The slow tests, and the fast ones in random order; `SEED=...` repeats an order.
-	$(PYTEST) -m "slow and not gpu" --timeout 1200
+	$(PYTEST) -m "slow and not gpu" --timeout 1200 --numprocesses $(TEST_JOBS) --dist loadfile
 	$(PYTEST) --numprocesses $(TEST_JOBS) --dist loadfile --random-order --random-order-seed $(SEED)
 
 check: $(VENV)/.installed-dev  ## Format, lint and types.
@@ -51,11 +51,15 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer is found; name one: make PYTHON=... $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+# torch comes first, from its index. Each of the two that follow installs the package once, with what it needs.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
 	$(PIP) $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) --no-deps torch
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.torch
 	$(PIP) --editable '.[dev,flower,hub,tensorboard,clusters,privacy]'
-	@touch $@
+	@touch $(VENV)/.installed $@
