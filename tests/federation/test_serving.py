@@ -96,6 +96,21 @@ def test_a_superlink_that_ends_as_soon_as_it_has_started_is_given_up(serve, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_begins_with_the_superlink_that_stays(serve, monkeypatch, caplog):
+    opened, stays = [], serving.open_link
+
+    @contextmanager
+    def first_ends_at_once(keys, host, port):
+        with stays(keys, host, port) as link:
+            opened.append(link)
+            is_first = len(opened) == 1
+            yield SimpleNamespace(sites=link.sites, is_up=lambda: False) if is_first else link
+
+    monkeypatch.setattr(serving, "open_link", first_ends_at_once)
+    assert serve("finish()") == {"rounds": 7}, "there was nothing to resume"
+    assert len(caplog.messages) == 1
+
+
 def test_as_long_as_rounds_are_finished_the_server_goes_on(serve, tmp_path, caplog):
     made = RunDirectory(tmp_path / "made")
     write_sealed(made.base, {})
