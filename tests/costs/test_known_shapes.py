@@ -121,7 +121,11 @@ def test_real_tensors_among_the_inputs_are_left_to_torch():
 
 @pytest.mark.parametrize(
     "operation",
-    [lambda: torch.empty(10)[2:], lambda: torch.empty(10)[:2], lambda: (made := torch.empty(4), made.view(2, 2))],
+    [
+        lambda: torch.empty(10)[2:],
+        lambda: torch.empty(10)[:2],
+        lambda: (made := torch.empty(4), made.view(2, 2)),
+    ],
     ids=["a part from the middle", "the first part", "two looks at one storage"],
 )
 def test_results_that_are_not_whole_storages_of_their_own_are_left_to_torch(operation):
