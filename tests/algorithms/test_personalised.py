@@ -19,7 +19,7 @@ from fedexperts.federation import scoring
 from fedexperts.federation.checkpoint import load_checkpoint
 from fedexperts.federation.personal import PersonalStore
 from fedexperts.messages import Sent, Upload
-from fedexperts.models import instance_weights
+from fedexperts.models import prompts
 from fedexperts.models.adapters import AdapterSettings, adapter_scales, add_lora
 from fedexperts.models.instance_weights import REFERENCES, instance_weights_of
 from fedexperts.models.tiny import tiny_model
@@ -211,8 +211,8 @@ def test_stored_instances_are_the_clients_prompts_under_its_own_adapter(make_con
 def test_routing_is_counted_with_the_prompts_of_each_batch():
     batch = SimpleNamespace(prompts=lambda: [(5, 6), (4,)])
     for _ in scoring._with_prompts([batch]):
-        assert instance_weights._announced[-1]() == [(5, 6), (4,)]
-    assert not instance_weights._announced
+        assert prompts._announced[-1]() == [(5, 6), (4,)]
+    assert not prompts._announced
 
 
 def test_a_plain_checkpoint_of_feddpa_needs_fixed_weights(run, tmp_path):

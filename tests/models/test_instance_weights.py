@@ -14,8 +14,8 @@ from fedexperts.models.instance_weights import (
     add_instance_weights,
     instance_weights_of,
     notes_of,
-    prompts_are,
 )
+from fedexperts.models.prompts import prompts_are
 from fedexperts.models.tiny import tiny_model
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.undo import undone

@@ -33,9 +33,9 @@ from fedexperts.models.instance_weights import (
     REFERENCES,
     InstanceForm,
     add_instance_weights,
-    hidden_size,
     instance_weights_of,
 )
+from fedexperts.models.prompts import hidden_size
 from fedexperts.moe.surgery import seam
 from fedexperts.tensors import Tensors, num_bytes
 from fedexperts.training.local_steps import LocalResult

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fedexperts.errors import UserError
-from fedexperts.models.instance_weights import prompts_are
+from fedexperts.models.prompts import prompts_are
 from fedexperts.moe.observing.forward_pass import evaluation_mode
 
 _KEPT_SHARE = 0.75

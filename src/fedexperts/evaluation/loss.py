@@ -13,7 +13,7 @@ from torch.nn import functional
 from fedexperts.data.batches import IGNORED_LABEL, Batch, sequential_batches
 from fedexperts.data.prompts import Encoded
 from fedexperts.errors import UserError
-from fedexperts.models.instance_weights import prompts_are
+from fedexperts.models.prompts import prompts_are
 from fedexperts.moe.observing.forward_pass import evaluation_mode
 
 _CHUNK_BYTES = 2**26

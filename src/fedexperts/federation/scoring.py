@@ -28,7 +28,7 @@ from fedexperts.federation.personal import kept_sha256
 from fedexperts.federation.runtime import ClientRuntime
 from fedexperts.federation.snapshot import snapshot_bytes, take_snapshot
 from fedexperts.messages import Download, Sent, Upload
-from fedexperts.models.instance_weights import prompts_are
+from fedexperts.models.prompts import prompts_are
 from fedexperts.moe.observing.profile import count_tokens
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.undo import first_difference
