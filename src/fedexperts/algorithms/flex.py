@@ -27,6 +27,9 @@ from fedexperts.algorithms.closed_gates import ClosedGates
 from fedexperts.data.batches import Batch
 from fedexperts.errors import UserError, refuse_unknown
 from fedexperts.messages import Expected, Sent, Upload
+from fedexperts.models import prompt_gate
+from fedexperts.models.prompt_gate import PromptGateForm
+from fedexperts.models.prompts import Prompt
 from fedexperts.moe.choosing.selection import Choice, Selection, choose_experts, draw_experts
 from fedexperts.moe.choosing.subsets import LARGEST
 from fedexperts.moe.surgery import graft as grafting
@@ -83,6 +86,12 @@ class Flex(Algorithm):
     """Weight of that loss beside the client's own."""
     off_task_examples: int = 256
     """Texts of ``off_task``, at most, of which each local step takes a batch in turn."""
+    prompt_gate: str = ""
+    """Public texts from which a client learns to know the prompts of its task; for every other prompt its own
+    part is closed, and its model is the one that it received (reading 14). ``tinyworld``, or JSON lines of
+    texts, or of instructions with responses; empty for none."""
+    prompt_gate_examples: int = 256
+    """Texts of ``prompt_gate``, and training examples of the client, at most."""
     layers: tuple[int, ...] = ()
     """MoE layers that get a graft, counted from 0; empty takes all, as the paper does."""
 
@@ -90,7 +99,8 @@ class Flex(Algorithm):
         """Refuse numbers outside their range, and settings without effect."""
         refuse_unknown(self)
         refuse_below(self, {"graft_lr_scale": 0, "gate_lr_scale": 0, "off_task_weight": 0})
-        refuse_below(self, {"calibration_examples": 1, "off_task_examples": 1}, exclusive=False)
+        counts = ("calibration_examples", "off_task_examples", "prompt_gate_examples")
+        refuse_below(self, dict.fromkeys(counts, 1), exclusive=False)
         if not 0 <= self.num_grafts <= LARGEST:
             raise UserError(f"num_grafts must be from 0 to {LARGEST}, not {self.num_grafts}")
         if len(set(self.layers)) < len(self.layers):
@@ -115,6 +125,7 @@ class Flex(Algorithm):
             refuse_idle(self, ("off_task_weight", "off_task_examples"), "without off_task")
         elif not self.num_grafts or self.placement == "in_place" or self.graft.gate == "none":
             raise UserError(f'off_task is "{self.off_task}", but there is no private gate that could close')
+        self._refuse_prompt_gate()
         if self.selection == "random":
             refuse_idle(self, texts, 'with selection = "random"')
         if self.calibration != "other":
@@ -124,7 +135,28 @@ class Flex(Algorithm):
             if self.graft != GraftForm(lora_rank=self.graft.lora_rank, lora_alpha=self.graft.lora_alpha):
                 raise UserError('graft has settings of gate or mix: none has an effect with "in_place"')
 
+    def _refuse_prompt_gate(self) -> None:
+        if not self.prompt_gate:
+            refuse_idle(self, ("prompt_gate_examples",), "without prompt_gate")
+        elif not self.num_grafts or self.placement == "in_place":
+            raise UserError(f'prompt_gate is "{self.prompt_gate}", but there is no private graft to close')
+        elif self.experts:
+            raise UserError(
+                f'prompt_gate is "{self.prompt_gate}", and experts is true: prompts would look different '
+                "with every change of the experts"
+            )
+        elif self.own_model == "trained" and not self.keeps_lora:
+            raise UserError(
+                f'prompt_gate is "{self.prompt_gate}", which leaves the model that was received where it is '
+                'closed: own_model must be "received", not "trained"'
+            )
+
     # Names
+
+    @property
+    def keeps_lora(self) -> bool:
+        """Whether LoRA is the client's own."""
+        return False
 
     @property
     def changes_experts(self) -> bool:
@@ -155,8 +187,9 @@ class Flex(Algorithm):
         return (*parts.lora_names, *self._graft_names(parts, is_shared=True), *experts)
 
     def personal_names(self, parts: ModelParts) -> tuple[str, ...]:
-        """Return the parameters of private experts and gates."""
-        return self.private_experts(parts)
+        """Return the parameters of private experts and gates, and of the prompt gate once it is there."""
+        is_there = prompt_gate.NAMES[0] in dict(parts.model.named_parameters())
+        return (*self.private_experts(parts), *(prompt_gate.NAMES if is_there else ()))
 
     def private_experts(self, parts: ModelParts) -> tuple[str, ...]:
         """Return the parameters of private grafts and gates, or of experts adapted in place."""
@@ -265,9 +298,21 @@ class Flex(Algorithm):
         parts = client.parts
         choice = self._choice(client, kept)
         self._add_experts(parts, choice, client.seed)
+        if self.prompt_gate:
+            self._add_prompt_gate(client, is_new=not kept)
         seam.load_tensors(parts.model, {**sent.tensors, **kept.parameters})
         own = seam.current(parts.model, self.personal_names(parts))
         return Kept(parameters=own, beside=self._beside(parts, choice), optimizer=kept.optimizer)
+
+    def _add_prompt_gate(self, client: Client, *, is_new: bool) -> None:
+        """Put a gate before the private grafts, and LoRA if the client keeps it; fit it if it is new."""
+        parts = client.parts
+        form = PromptGateForm(first_graft=int(self.shared_graft), closes_lora=self.keeps_lora)
+        gate = prompt_gate.add_prompt_gate(parts.model, parts.layers, form)
+        if is_new:
+            texts, largest = self.prompt_gate, self.prompt_gate_examples
+            others = client.calibration_batches(largest, texts=texts, key="algorithm.prompt_gate")
+            gate.fit(parts.model, _prompts(client.calibration_batches(largest)), _prompts(others))
 
     def client_update(self, client: Client, kept: Kept, sent: Sent) -> tuple[Upload, Kept]:
         """Train what is shared and what is private together; send the one, keep the other."""
@@ -303,3 +348,12 @@ class Flex(Algorithm):
     def describe(self, kept: Kept) -> Tensors:
         """Return the copied experts of each layer."""
         return kept.beside
+
+
+def _prompts(batches: Sequence[Batch]) -> list[Prompt]:
+    """Return the prompts of batches; a text without one counts whole."""
+    return [
+        prompt if len(prompt) > 1 else tuple(row[mask.bool()].tolist())
+        for batch in batches
+        for prompt, row, mask in zip(batch.prompts(), batch.input_ids, batch.attention_mask, strict=True)
+    ]

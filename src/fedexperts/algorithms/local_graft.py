@@ -22,13 +22,17 @@ class LocalGraft(Flex):
         super().__post_init__()
         refuse_idle(self, ("shared_graft", "experts", "own_model"), "where nothing is sent")
 
+    @property
+    def keeps_lora(self) -> bool:
+        return True
+
     def shared_names(self, parts: ModelParts) -> tuple[str, ...]:
         """Return nothing."""
         return ()
 
     def personal_names(self, parts: ModelParts) -> tuple[str, ...]:
         """Return LoRA, and what FLEx keeps."""
-        return (*parts.lora_names, *self.private_experts(parts))
+        return (*parts.lora_names, *super().personal_names(parts))
 
     def trained(self, parts: ModelParts, sent: Sent) -> tuple[TrainedGroup, ...]:
         """Return FLEx's groups, of which every optimizer state may stay with the client."""

@@ -15,6 +15,7 @@ from safetensors.torch import save as save_safetensors
 
 from fedexperts.algorithms.api import ModelParts
 from fedexperts.errors import UserError
+from fedexperts.models import prompt_gate
 from fedexperts.models.adapters import (
     adapter_names,
     adapter_scales,
@@ -47,6 +48,8 @@ class Snapshot:
     """Domain experts of routed LoRA that a token uses; 0 for no routed LoRA."""
     instance_weights: Mapping[str, Any] = field(default_factory=dict)
     """Form of adapters' weights by instance; empty for fixed weights."""
+    prompt_gate: Mapping[str, Any] = field(default_factory=dict)
+    """Form of the gate that looks at prompts; empty for none."""
 
     def notes(self) -> dict[str, Any]:
         """Return the plain data, for JSON."""
@@ -56,6 +59,7 @@ class Snapshot:
             "scales": dict(self.scales),
             "experts_per_token": self.experts_per_token,
             "instance_weights": dict(self.instance_weights),
+            "prompt_gate": dict(self.prompt_gate),
         }
 
 
@@ -72,6 +76,7 @@ def snapshot_of(tensors: Tensors, notes: Mapping[str, Any]) -> Snapshot:
         scales=notes["scales"],
         experts_per_token=notes["experts_per_token"],
         instance_weights=notes["instance_weights"],
+        prompt_gate=notes.get("prompt_gate", {}),  # no snapshot had one at first
     )
 
 
@@ -100,6 +105,7 @@ def take_snapshot(parts: ModelParts, written: Iterable[str]) -> Snapshot:
         scales=adapter_scales(model),
         experts_per_token=experts_per_token(model),
         instance_weights=notes_of(model),
+        prompt_gate=prompt_gate.notes_of(model),
     )
 
 
@@ -156,6 +162,9 @@ def install_snapshot(parts: ModelParts, snapshot: Snapshot) -> None:
         if not 0 <= one["layer"] < len(parts.layers):
             raise UserError(f"the snapshot has a graft in MoE layer {one['layer']}, which the model lacks")
         graft([parts.layers[one["layer"]]], [one["experts"]], GraftForm(**one["form"]), 0)
+    if snapshot.prompt_gate:
+        form_of_gate = prompt_gate.PromptGateForm(**snapshot.prompt_gate)
+        prompt_gate.add_prompt_gate(parts.model, parts.layers, form_of_gate)
     seam.load_tensors(parts.model, snapshot.tensors)
 
 

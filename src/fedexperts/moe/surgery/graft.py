@@ -6,7 +6,7 @@ outputs of several grafts are added. The frozen experts, the router and the shar
 Shape suffixes: ``T`` tokens, ``D`` hidden.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -52,6 +52,8 @@ class GraftedExpert(nn.Module):
         """
         super().__init__()
         self.form, self.expert = form, expert
+        self.opened: Callable[[Tensor], Tensor | float] | None = None
+        """Factor of the gate by token, for hidden states (T, D): 1, or (T, 1)."""
         weights = layer.expert(expert)
         if form.lora_rank:
             self._keep_origin(weights, is_stored=seam.stores_experts(layer))
@@ -101,10 +103,11 @@ class GraftedExpert(nn.Module):
 
     def openness(self, hidden_TD: Tensor) -> Tensor:
         """Return the gate's value per token, shape (T, 1), in the dtype of ``hidden_TD``."""
-        if self.form.gate == "none":
-            return hidden_TD.new_ones(hidden_TD.shape[0], 1)
-        score_T1 = hidden_TD.float() @ self.gate_weight.unsqueeze(-1) + self.gate_bias
-        return torch.sigmoid(score_T1).to(hidden_TD.dtype)
+        gate_T1 = hidden_TD.new_ones(hidden_TD.shape[0], 1)
+        if self.form.gate == "sigmoid":
+            score_T1 = hidden_TD.float() @ self.gate_weight.unsqueeze(-1) + self.gate_bias
+            gate_T1 = torch.sigmoid(score_T1).to(hidden_TD.dtype)
+        return gate_T1 if self.opened is None else gate_T1 * self.opened(hidden_TD)
 
     def forward(self, experts: Any, hidden_TD: Tensor, routed_TD: Tensor) -> Tensor:
         """Return the layer's output with the graft, shape (T, D); see ``Addition``."""
