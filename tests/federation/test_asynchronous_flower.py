@@ -51,14 +51,15 @@ GOOD = ("", "")
 
 
 def test_answers_come_as_they_come_and_a_client_may_be_asked_again_meanwhile():
+    """Tolerance: with three clients at work the server asks for their answers every 0.3 s."""
     grid, carried = three([30.0, 10.0, 20.0])
     assert isinstance(carried, ArrivingTransport)
     carried.begin(train(ids(carried)))
     assert list(arrivals(carried, 1)) == [("client-001", [GOOD])]
-    assert grid.clock.now == pytest.approx(10.0, abs=0.2)
+    assert grid.clock.now == pytest.approx(10.0, abs=0.3)
     carried.begin(train(["client-001"]))
     assert [name for name, _ in arrivals(carried, 3)] == ["client-002", "client-001", "client-000"]
-    assert grid.clock.now == pytest.approx(30.0, abs=0.2)
+    assert grid.clock.now == pytest.approx(30.0, abs=0.3)
 
 
 def test_an_upload_that_comes_during_an_evaluation_is_taken_in_and_waits_on_disk(monkeypatch):

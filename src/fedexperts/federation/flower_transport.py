@@ -42,7 +42,8 @@ holds of a cohort at one time. A smaller cohort is sent all at once."""
 POLL_SECONDS = 0.1
 POLLS_PER_SWEEP = 10
 """The answer that is next in order is asked for at every poll, the later ones at every so many: those that
-are there are taken in before Flower drops them."""
+are there are taken in before Flower drops them. Where none is next, all are asked for after as many polls as
+there are answers, but no more than these."""
 
 NOT_CONNECTED = "its node is not connected"
 FORGOTTEN = "its node has started anew, and has forgotten its turn"
@@ -125,7 +126,7 @@ class FlowerTransport:
                 if self._is_over(sent):
                     del self._begun[place]
                     return sent.client_id, self._deliveries(sent)
-            self._pause(POLL_SECONDS)
+            self._pause(POLL_SECONDS * min(len(self._begun), POLLS_PER_SWEEP))
 
     def finish_round(self) -> tuple[Finished, ...]:
         """Return nothing: a node answers when its turn has ended."""
