@@ -12,8 +12,9 @@ import torch
 from fedexperts.algorithms import ALGORITHMS
 from fedexperts.doctor import examine
 from fedexperts.errors import UserError
-from fedexperts.federation.asynchronous import Buffer, rebased
+from fedexperts.federation.asynchronous import rebased
 from fedexperts.federation.asynchronous_settings import AsynchronousSettings
+from fedexperts.federation.buffer import Buffer, ByClock
 from fedexperts.federation.clock import Turn
 from fedexperts.federation.inprocess import InProcess
 from fedexperts.federation.personal import read_tensors
@@ -74,9 +75,7 @@ class Clients:
             client_ids=CLIENTS,
             seed=0,
             round_number=round_number,
-            now=now,
-            under_way=list(under_way),
-            ask=ask,
+            source=ByClock(client_ids=CLIENTS, now=now, under_way=list(under_way), begin=ask),
         )
         buffer.fill()
         return buffer
@@ -89,12 +88,16 @@ def names(turns):
 def test_the_first_uploads_make_a_step_and_others_work_on_from_what_they_received():
     clients = Clients((5.0, 1.0, 9.0, 2.0))
     first = clients.buffer(1)
-    assert (names(first.arrived), first.now, names(first.under_way)) == (["b", "d"], 2.0, ["a", "c"])
-    second = clients.buffer(2, 2.5, first.under_way)
+    assert (names(first.arrived), first.source.now, names(first.source.under_way)) == (
+        ["b", "d"],
+        2.0,
+        ["a", "c"],
+    )
+    second = clients.buffer(2, 2.5, first.source.under_way)
     assert clients.asked == [(0.0, *CLIENTS), (2.5, "b", "d")]
-    assert (names(second.arrived), second.now) == (["b", "d"], 4.5)
-    third = clients.buffer(3, 4.5, second.under_way)
-    assert (names(third.arrived), third.now) == (["a", "b"], 5.5)
+    assert (names(second.arrived), second.source.now) == (["b", "d"], 4.5)
+    third = clients.buffer(3, 4.5, second.source.under_way)
+    assert (names(third.arrived), third.source.now) == (["a", "b"], 5.5)
     assert [third.staleness(one) for one in third.arrived] == [2, 0]
 
 
@@ -110,16 +113,16 @@ def test_a_free_place_goes_at_once_to_a_client_without_an_upload_in_this_step():
     times, asked = zip(*clients.asked, strict=True)
     assert times == (0.0, 1.0, 2.0)
     assert len(set(asked)) == 3
-    assert buffer.now == 3.0
+    assert buffer.source.now == 3.0
     assert asked[0] == derive_random(0, "asynchronous", 1, 0).sample(list(CLIENTS), 1)[0]
 
 
 def test_an_upload_that_came_while_the_server_added_up_counts_from_then_on():
     clients = Clients((1.0, 9.0, 9.0, 1.0))
     first = clients.buffer(1, buffer=1)
-    assert names(first.under_way) == ["b", "c", "d"]
-    second = clients.buffer(2, 1.5, first.under_way, buffer=1)
-    assert (names(second.arrived), second.now, second.staleness(second.arrived[0])) == (["d"], 1.5, 1)
+    assert names(first.source.under_way) == ["b", "c", "d"]
+    second = clients.buffer(2, 1.5, first.source.under_way, buffer=1)
+    assert (names(second.arrived), second.source.now, second.staleness(second.arrived[0])) == (["d"], 1.5, 1)
 
 
 def test_an_upload_that_is_too_old_is_left_out_and_its_client_begins_anew():
@@ -127,7 +130,7 @@ def test_an_upload_that_is_too_old_is_left_out_and_its_client_begins_anew():
     under_way, now = [], 0.0
     for round_number in (1, 2, 3):
         buffer = clients.buffer(round_number, now, under_way, max_staleness=2)
-        under_way, now = buffer.under_way, buffer.now
+        under_way, now = buffer.source.under_way, buffer.source.now
     fourth = clients.buffer(4, now, under_way, max_staleness=2)
     assert (names(fourth.arrived), names(fourth.too_old)) == (["a", "b"], ["c"])
     assert clients.asked[-1] == (3.5, "c")
@@ -375,7 +378,7 @@ def test_check_predicts_steps_bytes_and_age(late_run):
         (("cohort.size=2",), "cohort.size is 2, but must be 0 with [asynchronous]"),
         (("cohort.size=2", "cohort.over_select=1"), "cohort.size is 2, but must be 0 with [asynchronous]"),
         (("transport.round_seconds=5",), "transport.round_seconds is 5.0, but must be 0"),
-        (("transport.name=flower",), 'transport.name is "flower", but must be "inprocess"'),
+        (("transport.name=flower",), 'clock is set, but with [asynchronous] and transport.name = "flower"'),
         (
             ("cohort.on_failure=continue", "cohort.min_uploads=3"),
             "cohort.min_uploads is 3, but must be at most asynchronous.buffer",

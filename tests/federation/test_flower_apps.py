@@ -23,14 +23,14 @@ def same(run):
     return {name: result[name] for name in (*names, "parameters")} | {"losses": losses}
 
 
-def run_over_grid(config, folder, nodes=(0, 1, 2), wrap=lambda position, node: node):
+def run_over_grid(config, folder, nodes=(0, 1, 2), wrap=lambda position, node: node, make_grid=InMemoryGrid):
     """A run whose clients are nodes of a Grid in memory; node ids are new in every run of the server."""
     run_config = {
         "experiment": resolved_toml(config),
         "run-token": "token",
         "personal-folder": str(folder / "clients"),
     }
-    grid = InMemoryGrid(
+    grid = make_grid(
         {
             900 - position: wrap(
                 position, app_node(flower_client.app, run_config, {"partition-id": position})

@@ -378,16 +378,23 @@ def test_sites_that_do_not_come_are_named_after_seconds(caplog):
 
 
 def test_messages_on_disk_come_back_as_they_were(tmp_path):
-    with Spool(tmp_path) as spool:
-        reads = [spool.keep(message) for message in (b"first", b"", b"third" * 1000)]
-        assert [read() for read in reversed(reads)] == [b"third" * 1000, b"", b"first"]
-        assert list(tmp_path.iterdir()) == [], "nothing is left of it whatever happens"
+    spool = Spool(tmp_path)
+    reads = [spool.keep(message) for message in (b"first", b"", b"third" * 1000)]
+    assert [read() for read in reversed(reads)] == [b"third" * 1000, b"", b"first"]
+    assert list(tmp_path.iterdir()) == [], "nothing is left of it whatever happens"
 
 
 def test_messages_on_disk_are_not_in_memory(tmp_path):
     message = b"x" * 1000
     held = sys.getrefcount(message)
-    with Spool(tmp_path) as spool:
-        read = spool.keep(message)
-        assert sys.getrefcount(message) == held
-        assert read() == message
+    read = Spool(tmp_path).keep(message)
+    assert sys.getrefcount(message) == held
+    assert read() == message, "the file is there as long as somebody can read"
+
+
+def test_the_disk_is_given_back_with_the_last_message(tmp_path):
+    read = Spool(tmp_path).keep(b"x")
+    file = read.func.__self__._file
+    assert not file.closed
+    del read
+    assert file.closed

@@ -7,16 +7,10 @@ from flower_grid import Clock, InMemoryGrid
 from flwr.app.error import Error
 from test_flower_transport import HASH, ids, node, train, transport
 
-from fedexperts.federation import flower_transport
+from fedexperts.federation import flower_sent
 from fedexperts.federation.flower_nodes import Sites
-from fedexperts.federation.flower_sent import Patience
-from fedexperts.federation.flower_transport import (
-    FORGOTTEN,
-    GONE_SENDING,
-    IDENTIFY,
-    MOST_LOSSES,
-    FlowerTransport,
-)
+from fedexperts.federation.flower_sent import GONE_SENDING, Patience
+from fedexperts.federation.flower_transport import FORGOTTEN, IDENTIFY, MOST_LOSSES, FlowerTransport
 from fedexperts.federation.wire import pack, unpack
 from fedexperts.messages import Upload, decode_download, encode_upload
 
@@ -137,7 +131,7 @@ def test_a_client_that_is_killed_while_it_says_who_it_is_is_asked_again():
 
 def test_a_client_that_goes_while_it_sends_its_answer_holds_nobody_up(monkeypatch):
     """Flower waits for the rest of the answer, and answers nothing else until it has given up."""
-    monkeypatch.setattr(flower_transport, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(flower_sent, "LOOK_SECONDS", 0.01)
     given_up = threading.Event()
 
     class Waiting(InMemoryGrid):

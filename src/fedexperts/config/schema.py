@@ -24,7 +24,6 @@ from fedexperts.training.settings import TrainingSettings
 MOST_THREADS = 1024
 """Threads that torch is asked for at most: it starts as many as it is told to."""
 
-_IN_PROCESS = '"inprocess" with [asynchronous], which is simulated'
 _BY_CONCURRENCY = "0 with [asynchronous]: asynchronous.concurrency says how many are at work"
 _BY_STALENESS = "0 with [asynchronous]: no step waits, and asynchronous.max_staleness refuses late uploads"
 _BY_BUFFER = "at most asynchronous.buffer: no step of the server would count"
@@ -131,11 +130,17 @@ class RunConfig:
                 )
 
     def _check_asynchronous(self, settings: AsynchronousSettings) -> None:
-        """Refuse what has no meaning where clients begin from different states, and what nothing times."""
-        if self.clock is None:
+        """Refuse what has no meaning where clients begin from different states, and two orders or none."""
+        is_simulated = self.transport.name == "inprocess"
+        if is_simulated and self.clock is None:
             raise UserError(
                 f"asynchronous.buffer is {settings.buffer}, but nothing says which uploads come first: add a "
-                "section [clock]"
+                'section [clock], or set transport.name to "flower"'
+            )
+        if not is_simulated and self.clock is not None:
+            raise UserError(
+                'clock is set, but with [asynchronous] and transport.name = "flower" uploads count as they '
+                "come, which is no order that simulated seconds could have: leave the section out"
             )
         if not (self.algorithm.has_private_form and self.algorithm.uses_mean):
             raise UserError(
@@ -144,7 +149,6 @@ class RunConfig:
             )
         cohort, transport, privacy = self.cohort, self.transport, self.privacy
         for is_wrong, key, value, demand in (
-            (transport.name != "inprocess", "transport.name", f'"{transport.name}"', _IN_PROCESS),
             (cohort.size, "cohort.size", cohort.size, _BY_CONCURRENCY),
             (transport.round_seconds, "transport.round_seconds", transport.round_seconds, _BY_STALENESS),
             (cohort.min_uploads > settings.buffer, "cohort.min_uploads", cohort.min_uploads, _BY_BUFFER),

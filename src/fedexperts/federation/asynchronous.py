@@ -1,100 +1,37 @@
 """Asynchronous rounds: the server makes a step as soon as a buffer of uploads is full (FedBuff).
 
 Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022, arXiv 2106.06581,
-Algorithm 1, over the simulated clock: it says who comes when. docs/asynchronous.md has the whole rule.
+Algorithm 1. In process the simulated clock says who comes when; over Flower uploads come when they come.
+docs/asynchronous.md has the whole rule.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from fedexperts.algorithms.aggregation import start_of
 from fedexperts.algorithms.api import ServerState
 from fedexperts.federation.asynchronous_settings import AsynchronousSettings
+from fedexperts.federation.buffer import Buffer, ByArrival, ByClock
 from fedexperts.federation.checkpoint import Checkpoint
-from fedexperts.federation.clock import Clock
+from fedexperts.federation.clock import Turn
 from fedexperts.federation.fencing import turn_of
 from fedexperts.federation.ledger import FENCES, Ledger
 from fedexperts.federation.norm_guard import Judged, guarded
 from fedexperts.federation.personal import read_tensors
 from fedexperts.federation.rounds import Federation, RoundRecord, simulated_part
-from fedexperts.federation.transport import Delivery
+from fedexperts.federation.transport import ArrivingTransport, Delivery
 from fedexperts.federation.under_way import TurnUnderWay, UploadFolder, UploadUnderWay
 from fedexperts.messages import Upload
-from fedexperts.seeds import derive_random
 from fedexperts.tensors import Tensors
 
 STALE = "stale"
 """Key in ``federation.ledger.FENCES``."""
-
-One = TypeVar("One", bound=TurnUnderWay)
-
-
-@dataclass(kw_only=True)
-class Buffer(Generic[One]):
-    """One step's buffer, and how it fills: who is asked when, and whose uploads come first."""
-
-    settings: AsynchronousSettings
-    client_ids: Sequence[str]
-    """All clients, in the order of the data."""
-    seed: int
-    round_number: int
-    now: float
-    """Simulated time: at first the end of the last step."""
-    under_way: list[One]
-    """Turns that have begun and whose uploads have not come."""
-    ask: Callable[[Sequence[str], float], Iterable[One]]
-    """Begins turns at a time, and returns those that did not fail."""
-    arrived: list[One] = field(default_factory=list)
-    """Uploads that make the step; once it is full in the order of the data."""
-    too_old: list[One] = field(default_factory=list)
-    _asked: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        """Number the clients."""
-        self._places = {client_id: place for place, client_id in enumerate(self.client_ids)}
-
-    def fill(self) -> None:
-        """Let the clock run until the buffer is full, or nobody is left whose upload could come."""
-        self._ask_free()
-        while self.under_way and len(self.arrived) < self.settings.buffer:
-            one = min(self.under_way, key=lambda each: (each.turn.uploaded, self._place(each)))
-            self.under_way.remove(one)
-            self.now = max(self.now, one.turn.uploaded)
-            is_too_old = self.settings.is_too_old(self.staleness(one))
-            (self.too_old if is_too_old else self.arrived).append(one)
-            if len(self.arrived) < self.settings.buffer:
-                self._ask_free()
-        self.arrived.sort(key=self._place)
-
-    def staleness(self, one: One) -> int:
-        """Return the steps that the server has made since the client received its state."""
-        return self.round_number - 1 - one.received
-
-    def _place(self, one: One) -> int:
-        return self._places[one.turn.client_id]
-
-    def _ask_free(self) -> None:
-        """Give work to free clients while there are places; a client that fails leaves its own to another."""
-        while chosen := self._next_clients():
-            self._asked.update(chosen)
-            self.under_way += self.ask(chosen, self.now)
-
-    def _next_clients(self) -> list[str]:
-        """Return the clients that begin a turn now: of those not at work, without an upload in this step."""
-        waiting = {one.turn.client_id for one in (*self.under_way, *self.arrived)} | self._asked
-        free = [client_id for client_id in self.client_ids if client_id not in waiting]
-        places = (self.settings.concurrency or len(self.client_ids)) - len(self.under_way)
-        if places >= len(free):
-            return free
-        rng = derive_random(self.seed, "asynchronous", self.round_number, len(self._asked))
-        drawn = set(rng.sample(free, max(places, 0)))
-        return [client_id for client_id in free if client_id in drawn]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +40,11 @@ class AsynchronousFederation(Federation):
 
     asynchronous: AsynchronousSettings
     folder: UploadFolder
-    """Folder of the uploads under way."""
+    """Folder of the uploads that make no step yet."""
     states: Callable[[int], Path]
     """Function that returns the file with the server's tensors after a round."""
-
-    @property
-    def _clock(self) -> Clock:
-        assert self.clock is not None, "refused with the settings"
-        return self.clock
+    arriving: ArrivingTransport | None = None
+    """The transport, where uploads come when they come; None where the clock says when."""
 
     def _num_awaited(self, cohort: Sequence[str]) -> int:
         return self.asynchronous.buffer
@@ -137,58 +71,109 @@ class AsynchronousFederation(Federation):
                 weight = self.asynchronous.weight(staleness)
                 late = {"staleness": staleness, "staleness_weight": weight}
                 record.clients.append({**one.line, "round": record.round_number, **late})
-                self._clock.count(one.turn)
+                if self.clock:
+                    self.clock.count(one.turn)
                 yield delivery.client_id, self._fresh(delivery.upload, one, planned, weight)
             after_client(delivery.client_id)
-        record.asynchronous = _figures(record.clients, len(buffer.under_way))
+        record.asynchronous = _figures(record.clients, len(buffer.source.under_way))
 
     def _fresh(self, upload: Upload, one: UploadUnderWay, planned: ServerState, weight: float) -> Upload:
         """Return an upload as it would be if its client had begun from the present state."""
-        if one.received == planned.round_number:
+        received = self._received(planned, one)
+        if received is planned:
             return upload
-        received = read_tensors(self.states(one.received))
-        return replace(upload, tensors=rebased(upload.tensors, received, planned.tensors, weight))
+        return replace(upload, tensors=rebased(upload.tensors, received.tensors, planned.tensors, weight))
+
+    def _received(self, planned: ServerState, one: TurnUnderWay) -> ServerState:
+        """Return the state that a client received at the beginning of its turn."""
+        if one.received == planned.round_number:
+            return planned
+        return replace(planned, round_number=one.received, tensors=read_tensors(self.states(one.received)))
 
     def _filled(self, planned: ServerState, start: Checkpoint, record: RoundRecord) -> Buffer[UploadUnderWay]:
-        ledger = Ledger(run=self.run_name, round_number=record.round_number)
+        by_clock = self._by_clock(planned, start, record) if self.arriving is None else None
         buffer = Buffer(
             settings=self.asynchronous,
             client_ids=[facts.client_id for facts in planned.clients],
             seed=self.seed,
             round_number=record.round_number,
-            now=self._clock.now,
-            under_way=list(start.under_way),
-            ask=partial(self._begun, planned, start, record, ledger),
+            source=by_clock or self._by_arrival(planned, start, record),
         )
         buffer.fill()
         for one in buffer.too_old:
             reason = f"upload refused: {FENCES[STALE]}: {buffer.staleness(one)} steps"
             self._refuse(record, _delivery(one, Upload(), fenced=STALE), reason)
-        self._clock.wait_until(buffer.now)
+        if by_clock and self.clock:
+            self.clock.wait_until(by_clock.now)
         record.cohort = tuple(one.turn.client_id for one in buffer.arrived)
-        record.under_way = () if record.round_number == self.num_rounds else tuple(buffer.under_way)
+        is_last = record.round_number == self.num_rounds
+        record.under_way = () if is_last else tuple(buffer.source.under_way)
         return buffer
+
+    def _by_clock(
+        self, planned: ServerState, start: Checkpoint, record: RoundRecord
+    ) -> ByClock[UploadUnderWay]:
+        assert self.clock is not None, "refused with the settings"
+        return ByClock(
+            client_ids=[facts.client_id for facts in planned.clients],
+            now=self.clock.now,
+            under_way=start.uploads,
+            begin=partial(self._begun, planned, start, record),
+        )
 
     def _begun(
         self,
         planned: ServerState,
         start: Checkpoint,
         record: RoundRecord,
-        ledger: Ledger,
         client_ids: Sequence[str],
         now: float,
     ) -> Iterator[UploadUnderWay]:
         """Take turns that begin ``now`` and judge their uploads, which come later; tell failures at once."""
         downloads = self.downloads(planned, start, client_ids, record.round_number, "train")
+        ledger = Ledger(run=self.run_name, round_number=record.round_number)
         for answer in self.transport.exchange(downloads):
-            delivery, reason, norms = self._judged(planned, ledger, answer)
-            if reason:
-                self._refuse(record, delivery, reason)
-                continue
-            turn, seconds = self._clock.timed(**turn_of(delivery), start=now)
-            line = self._line(planned, ledger, delivery, record) | simulated_part(delivery, seconds)
-            begun = TurnUnderWay(turn=turn, received=planned.round_number)
-            yield self.folder.write(delivery.upload, begun, line | {"simulated_start": now}, norms)
+            if one := self._taken(planned, ledger, record, answer, now):
+                yield one
+
+    def _by_arrival(
+        self, planned: ServerState, start: Checkpoint, record: RoundRecord
+    ) -> ByArrival[UploadUnderWay]:
+        assert self.arriving is not None
+        transport = self.arriving
+
+        def begin(client_ids: Sequence[str]) -> Iterator[TurnUnderWay]:
+            transport.begin(self.downloads(planned, start, client_ids, record.round_number, "train"))
+            for client_id in client_ids:
+                yield TurnUnderWay(turn=Turn(client_id=client_id), received=planned.round_number)
+
+        def taken(one: TurnUnderWay, answers: Iterable[Delivery]) -> UploadUnderWay | None:
+            received = self._received(planned, one)
+            ledger = Ledger(run=self.run_name, round_number=one.received + 1)
+            uploads = [self._taken(received, ledger, record, answer) for answer in answers]
+            return next(filter(None, uploads), None)
+
+        return ByArrival(
+            under_way=list(start.under_way), begin=begin, next_arrival=transport.next_arrival, taken=taken
+        )
+
+    def _taken(
+        self, received: ServerState, ledger: Ledger, record: RoundRecord, answer: Delivery, now: float = 0.0
+    ) -> UploadUnderWay | None:
+        """Judge the upload of a turn that began ``now``, by the clock, and keep it on disk.
+
+        One that is refused is told, and None returned.
+        """
+        delivery, reason, norms = self._judged(received, ledger, answer)
+        if reason:
+            self._refuse(record, delivery, reason)
+            return None
+        turn, line = Turn(client_id=delivery.client_id), self._line(received, ledger, delivery, record)
+        if self.clock:
+            turn, seconds = self.clock.timed(**turn_of(delivery), start=now)
+            line |= simulated_part(delivery, seconds) | {"simulated_start": now}
+        begun = TurnUnderWay(turn=turn, received=received.round_number)
+        return self.folder.write(delivery.upload, begun, line, norms)
 
 
 def rebased(

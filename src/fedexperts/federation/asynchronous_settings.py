@@ -8,8 +8,9 @@ from fedexperts.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class AsynchronousSettings:
-    """Section `[asynchronous]`: make a step of the server as soon as a buffer of uploads is full, by the
-    simulated clock, while other clients work on; without it a round waits for all its clients."""
+    """Section `[asynchronous]`: make a step of the server as soon as a buffer of uploads is full, while other
+    clients work on; without it a round waits for all its clients. In process the simulated clock says which
+    uploads come first, over Flower they count as they come."""
 
     buffer: int
     """Uploads that make one step of the server (FedBuff's K); each step is a round."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from fedexperts.algorithms.api import ClientFacts, ServerState
 from fedexperts.federation.personal import read_tensors, write_tensors
-from fedexperts.federation.under_way import UploadUnderWay, from_record
+from fedexperts.federation.under_way import TurnUnderWay, UploadUnderWay, from_record
 from fedexperts.integrity import committed_files, cut_logs, drop_states, read_record, refuse_lost_checkpoint
 from fedexperts.run_directory import RunDirectory, write_atomically
 from fedexperts.seals import damaged, write_sealed
@@ -20,8 +20,14 @@ class Checkpoint:
     state: ServerState
     kept_rounds: Mapping[str, int] = field(default_factory=dict)
     """For each client whose uploads were accepted, the round in which the last of these turns began."""
-    under_way: tuple[UploadUnderWay, ...] = ()
-    """Turns that have begun and whose uploads have not come; in asynchronous rounds alone."""
+    under_way: tuple[TurnUnderWay, ...] = ()
+    """Turns that have begun and whose uploads have not come; in asynchronous rounds alone. Those that are at
+    work at sites are not gone on with: the sites are asked again."""
+
+    @property
+    def uploads(self) -> list[UploadUnderWay]:
+        """Return those of them whose uploads lie on disk."""
+        return [one for one in self.under_way if isinstance(one, UploadUnderWay)]
 
 
 def state_sha256(state: ServerState) -> str:
@@ -56,7 +62,7 @@ def _hashes_of_under_way(run: RunDirectory, checkpoint: Checkpoint) -> dict[str,
     turns = checkpoint.under_way
     states = {state_name(one.received) for one in turns} - {state_name(checkpoint.state.round_number)}
     known = read_record(run.checkpoint)["files"] if states else {}
-    return {f"{run.under_way.name}/{one.file}": one.sha256 for one in turns} | {
+    return {f"{run.under_way.name}/{one.file}": one.sha256 for one in checkpoint.uploads} | {
         f"state/{name}": known[f"state/{name}"] for name in sorted(states)
     }
 
@@ -76,7 +82,7 @@ def _record_of(run: RunDirectory, checkpoint: Checkpoint) -> dict[str, Any]:
         "clients": [asdict(facts) for facts in state.clients],
         "kept_rounds": dict(checkpoint.kept_rounds),
         "logs": {path.name: seal.seal() for path, seal in run.log_hashes.items()},
-        **({"under_way": [one.record() for one in checkpoint.under_way]} if checkpoint.under_way else {}),
+        **({"under_way": [one.record() for one in checkpoint.uploads]} if checkpoint.uploads else {}),
     }
 
 

@@ -26,10 +26,11 @@ class Turn:
     """Simulated times of one client's turn, in seconds since the run's start."""
 
     client_id: str
-    uploaded: float
-    ready: float
+    uploaded: float = math.inf
+    """Infinite where no clock times the turn."""
+    ready: float = math.inf
     """Time at which the client could begin the next round."""
-    upload_bytes: int
+    upload_bytes: int = 0
 
 
 @dataclass(kw_only=True)

@@ -50,18 +50,18 @@ def fenced_by_clock(
         limit: seconds after the round's start at which it is too late; 0 for no limit.
         folder: where uploads wait on disk until all times are known.
     """
-    with Spool(folder) as spool:
-        waiting = [_waiting(one, clock, spool) for one in judged]
-        good = {place: one.seconds for place, one in enumerate(waiting) if not one.reason}
-        in_time = first_in_time(good, clock, wanted=wanted, limit=limit)
-        taken = in_time[: wanted or None]
-        for place, one in enumerate(waiting):
-            if one.reason or place in taken:
-                upload = decode_upload(one.read())
-                yield replace(one.delivery, upload=upload), one.reason, one.norms
-            else:
-                kind = "surplus" if place in in_time else "late"
-                yield replace(one.delivery, fenced=kind), _reason(kind, one.seconds, wanted, limit), None
+    spool = Spool(folder)
+    waiting = [_waiting(one, clock, spool) for one in judged]
+    good = {place: one.seconds for place, one in enumerate(waiting) if not one.reason}
+    in_time = first_in_time(good, clock, wanted=wanted, limit=limit)
+    taken = in_time[: wanted or None]
+    for place, one in enumerate(waiting):
+        if one.reason or place in taken:
+            upload = decode_upload(one.read())
+            yield replace(one.delivery, upload=upload), one.reason, one.norms
+        else:
+            kind = "surplus" if place in in_time else "late"
+            yield replace(one.delivery, fenced=kind), _reason(kind, one.seconds, wanted, limit), None
 
 
 def first_in_time(

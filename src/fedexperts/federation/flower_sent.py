@@ -1,10 +1,13 @@
 """Downloads on their way to Flower's nodes, how long a server waits for the answers, and lost ones."""
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 from flwr.app import Message
+from flwr.serverapp import Grid
 
 from fedexperts.errors import UserError
 from fedexperts.federation.wire import unpack
@@ -17,6 +20,10 @@ LOST = {
     8: "its turn was killed: ",
 }
 """Flower's error codes that stand for the answer of a node which may come back, and what each means."""
+
+GONE_SENDING = "its node is no longer connected: it went while it sent its answer"
+LOOK_SECONDS = 1.0
+"""Seconds between two looks whether a node is there whose answer is being read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +48,9 @@ class SentDownload:
 
     client_id: str
     download: Download
+    """Without its tensors where the message lies on disk."""
+    message: Callable[[], bytes]
+    """Returns the download as it is sent, maybe more than once."""
     node_id: int = 0
     """Flower's node that was asked last."""
     message_id: str = ""
@@ -89,3 +99,27 @@ def blob_of(reply: Message) -> bytes:
     told = f"Flower error {reply.error.code}: {reason[:500]}"
     lost = LOST.get(reply.error.code)
     raise NodeLostError(f"{lost}{told}") if lost else UserError(told)
+
+
+def pulled(grid: Grid, message_id: str, node_id: int) -> Sequence[Message]:
+    """Return the answers to a message that are there.
+
+    If its node goes while it sends its answer, Flower waits three minutes for the rest: that is left to a
+    thread that ends then.
+
+    Raises:
+        NodeLostError: the node has gone so.
+    """
+    found: Future[list[Message]] = Future()
+    threading.Thread(target=_pull, args=(grid, message_id, found), daemon=True).start()
+    while not wait([found], LOOK_SECONDS).done:
+        if node_id not in set(grid.get_node_ids()):
+            raise NodeLostError(GONE_SENDING)
+    return found.result()
+
+
+def _pull(grid: Grid, message_id: str, found: Future[list[Message]]) -> None:
+    try:
+        found.set_result(list(grid.pull_messages([message_id])))
+    except BaseException as error:
+        found.set_exception(error)

@@ -2,11 +2,10 @@
 
 import logging
 import math
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,11 +24,11 @@ from fedexperts.federation.flower_nodes import (
     node_of,
     refuse_mixed_counts,
 )
-from fedexperts.federation.flower_sent import NodeLostError, Patience, SentDownload, blob_of
+from fedexperts.federation.flower_sent import NodeLostError, Patience, SentDownload, blob_of, pulled
 from fedexperts.federation.spool import Spool
 from fedexperts.federation.transport import Delivery, Finished
 from fedexperts.federation.wire import pack
-from fedexperts.messages import Download, Upload, brings_tensors, encode_download
+from fedexperts.messages import Download, Sent, Upload, brings_tensors, encode_download
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +42,11 @@ holds of a cohort at one time. A smaller cohort is sent all at once."""
 POLL_SECONDS = 0.1
 POLLS_PER_SWEEP = 10
 """The answer that is next in order is asked for at every poll, the later ones at every so many: those that
-are there are taken in before Flower drops them."""
+are there are taken in before Flower drops them. Where none is next, all are asked for after as many polls as
+there are answers, but no more than these."""
 
 NOT_CONNECTED = "its node is not connected"
-GONE_SENDING = "its node is no longer connected: it went while it sent its answer"
 FORGOTTEN = "its node has started anew, and has forgotten its turn"
-LOOK_SECONDS = 1.0
-"""Seconds between two looks whether a node is there whose answer is being read."""
 
 MOST_LOSSES = 5
 """Times that one download may be lost with its node; a turn that kills the node each time is not asked for
@@ -87,6 +84,7 @@ class FlowerTransport:
         self._timeout, self._spool_folder = patience.answer_seconds, spool_folder
         self._clock, self._pause = clock, pause
         self._nodes: dict[str, Node] = {}
+        self._begun: list[SentDownload] = []
         self._strangers, self._gone = set[int](), set[int]()
 
     @property
@@ -109,47 +107,73 @@ class FlowerTransport:
         """
         nodes, online = self._joined(), frozenset(self._grid.get_node_ids())
         items = ((name, known_node(name, nodes).node_id, download) for name, download in downloads)
-        return self._exchange(items, online)
+        return self._exchange(items, online, self._begun)
+
+    def begin(self, downloads: Iterable[tuple[str, Download]]) -> None:
+        """See the protocol; downloads wait on disk, should one have to be sent again."""
+        nodes, online = self._joined(), frozenset(self._grid.get_node_ids())
+        spool = Spool(self._spool_folder)
+        for name, download in downloads:
+            message = spool.keep(encode_download(download))
+            sent = self._sent(name, replace(download, sent=Sent()), message)
+            self._send(sent, known_node(name, nodes).node_id, online)
+            self._begun.append(sent)
+
+    def next_arrival(self) -> tuple[str, Iterator[Delivery]]:
+        """See the protocol; of two that are there the one that was asked first comes first."""
+        while True:
+            for place, sent in enumerate(self._begun):
+                if self._is_over(sent):
+                    del self._begun[place]
+                    return sent.client_id, self._deliveries(sent)
+            self._pause(POLL_SECONDS * min(len(self._begun), POLLS_PER_SWEEP))
 
     def finish_round(self) -> tuple[Finished, ...]:
         """Return nothing: a node answers when its turn has ended."""
         return ()
 
     def _exchange(
-        self, items: Iterable[tuple[str, int, Download]], online: Collection[int]
+        self,
+        items: Iterable[tuple[str, int, Download]],
+        online: Collection[int],
+        begun: Collection[SentDownload] = (),
     ) -> Iterator[Delivery]:
         waiting, under_way, started = iter(items), deque[SentDownload](), self._clock()
         most = max(MOST_UNANSWERED, len(self._nodes) if self._patience.wanted else 0)
-        with Spool(self._spool_folder) as spool:
-            while True:
-                while len(under_way) < most and (item := next(waiting, None)) is not None:
-                    under_way.append(self._send(*item, online, started))
-                if not under_way:
-                    return
-                if self._patience.wanted and under_way[0].is_training:
-                    self._settle_first(under_way, spool)
-                first = under_way.popleft()
-                self._await(first, under_way, spool)
-                yield from self._deliveries(first)
+        spool = Spool(self._spool_folder)
+        while True:
+            while len(under_way) < most and (item := next(waiting, None)) is not None:
+                name, node_id, download = item
+                sent = self._sent(name, download, partial(encode_download, download), started)
+                self._send(sent, node_id, online)
+                under_way.append(sent)
+            if not under_way:
+                return
+            if self._patience.wanted and under_way[0].is_training:
+                self._settle_first(under_way, spool)
+            first = under_way.popleft()
+            self._await(first, (*under_way, *begun), spool)
+            yield from self._deliveries(first)
 
-    def _send(
-        self, client_id: str, node_id: int, download: Download, online: Collection[int], started: float
+    def _sent(
+        self, client_id: str, download: Download, message: Callable[[], bytes], started: float = math.inf
     ) -> SentDownload:
         at = self._clock()
         deadline = at + self._patience.answer_seconds
         if download.task == "train" and self._patience.round_seconds:
             deadline = min(deadline, started + self._patience.round_seconds)
-        sent = SentDownload(client_id=client_id, download=download, at=at, deadline=deadline)
+        return SentDownload(client_id=client_id, download=download, message=message, at=at, deadline=deadline)
+
+    def _send(self, sent: SentDownload, node_id: int, online: Collection[int]) -> None:
         if node_id not in online:
             self._lose(sent, NOT_CONNECTED)
-        elif at >= deadline:
+        elif sent.at >= sent.deadline:
             self._give_up(sent)
         else:
             self._push(sent, node_id)
-        return sent
 
     def _push(self, sent: SentDownload, node_id: int) -> None:
-        blob = encode_download(sent.download)
+        blob = sent.message()
         sent.node_id, sent.asked_at, sent.probe_id = node_id, self._clock(), ""
         sent.num_bytes, sent.message_id = len(blob), self._pushed(sent, sent.download, blob)
         if not sent.message_id:
@@ -249,23 +273,12 @@ class FlowerTransport:
         return bool(replies and sent.probe_id)
 
     def _replies(self, sent: SentDownload) -> Sequence[Message]:
-        """Return what answers a download now; lose it where its node goes while it sends its answer.
-
-        Flower waits three minutes for the rest of such an answer: that is left to a thread that ends then.
-        """
-        pulled: Future[list[Message]] = Future()
-        threading.Thread(target=self._fill, args=(pulled, sent.message_id), daemon=True).start()
-        while not wait([pulled], LOOK_SECONDS).done:
-            if sent.node_id not in set(self._grid.get_node_ids()):
-                self._lose(sent, GONE_SENDING)
-                return []
-        return pulled.result()
-
-    def _fill(self, pulled: Future[list[Message]], message_id: str) -> None:
+        """Return what answers a download now; lose it where its node goes while it sends its answer."""
         try:
-            pulled.set_result(list(self._grid.pull_messages([message_id])))
-        except BaseException as error:
-            pulled.set_exception(error)
+            return pulled(self._grid, sent.message_id, sent.node_id)
+        except NodeLostError as error:
+            self._lose(sent, str(error))
+            return []
 
     def _lose(self, sent: SentDownload, reason: str) -> None:
         """Wait for a client that is lost until it is back, where all are needed; else it has failed."""

@@ -21,7 +21,7 @@ from fedexperts.federation.fencing import fenced_by_clock, turn_of
 from fedexperts.federation.ledger import EXPECTED, NO_FAILURES, Ledger
 from fedexperts.federation.norm_guard import Judged, guarded, norms_of
 from fedexperts.federation.transport import Delivery, Transport
-from fedexperts.federation.under_way import UploadUnderWay
+from fedexperts.federation.under_way import TurnUnderWay
 from fedexperts.messages import LARGEST_ANSWER, Download, Expected, Upload, predict_upload_bytes
 from fedexperts.tensors import first_non_finite
 
@@ -53,7 +53,7 @@ class RoundRecord:
     """Figures of the uploads' age; None where rounds wait for all."""
     taken: list[dict[str, float]] = field(default_factory=list)
     """Measured seconds by phase of the turns that were taken in this round."""
-    under_way: tuple[UploadUnderWay, ...] = ()
+    under_way: tuple[TurnUnderWay, ...] = ()
     """Turns that outlast the round."""
 
     def line(self, state: ServerState) -> dict[str, Any]:

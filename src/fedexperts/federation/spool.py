@@ -2,19 +2,23 @@
 
 import os
 import tempfile
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 
 class Spool:
-    """One file without a name, so that nothing of it is left however the process ends."""
+    """One file without a name, so that nothing of it is left however the process ends.
+
+    It gives the disk back when neither it nor a function that reads a message is there any more.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         """Make it in ``folder``, or where temporary files are."""
         self._file = tempfile.TemporaryFile(prefix="fedexperts-", dir=folder)  # noqa: SIM115
         self._end = 0
+        weakref.finalize(self, self._file.close)
 
     def keep(self, message: bytes) -> Callable[[], bytes]:
         """Write a message; return a function that reads it."""
@@ -33,13 +37,3 @@ class Spool:
                 raise OSError(f"{number - len(found)} bytes of a spooled message are missing")
             found = found + part if found else part
         return found
-
-    def __enter__(self) -> "Spool":
-        """Return the spool itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Give the disk back."""
-        self._file.close()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from fedexperts.algorithms.api import ClientFacts
 from fedexperts.errors import UserError, refuse_unknown
@@ -109,4 +109,21 @@ class Transport(Protocol):
 
         Raises:
             UserError: a client's process ended before that, so that the round must not count.
+        """
+
+
+@runtime_checkable
+class ArrivingTransport(Transport, Protocol):
+    """A transport whose clients can be at work while the server goes on."""
+
+    def begin(self, downloads: Iterable[tuple[str, Download]]) -> None:
+        """Send each client its download, and wait for no answer; none may be at work already.
+
+        An exchange may come in between.
+        """
+
+    def next_arrival(self) -> tuple[str, Iterator[Delivery]]:
+        """Wait until a turn that was begun has ended; return its client, and its answer as in an exchange.
+
+        Further answers to the same download come behind the first. Some turn must be under way.
         """

@@ -1,6 +1,7 @@
-"""Keep turns that outlast a round: an upload lies on disk until the clock says that it comes.
+"""Keep turns that outlast a round: an upload lies on disk until it makes a step of the server.
 
-In process a turn is computed when it begins, because the work that it counts says how long it takes.
+In process a turn is computed when it begins, because the work that it counts says how long it takes. Over
+Flower it is at work at its site, and only an upload that has come lies on disk.
 """
 
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ class TurnUnderWay:
 
 @dataclass(frozen=True, kw_only=True)
 class UploadUnderWay(TurnUnderWay):
-    """A turn whose upload is on its way to the server."""
+    """A turn whose upload lies on the server's disk."""
 
     line: Mapping[str, Any]
     """Line in clients.jsonl that the upload will have if it counts."""

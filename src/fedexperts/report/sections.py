@@ -134,9 +134,10 @@ def _sections(suite: Suite, methods: Sequence[Method], compared: Sequence[Compar
     yield Section(
         title="Simulated time",
         sentences=clock_sentences(methods),
-        figures=[*clock_figures(methods), *staleness_figures(methods)],
-        tables=[*clock_table(methods), *staleness_table(methods)],
+        figures=clock_figures(methods),
+        tables=clock_table(methods),
     )
+    yield Section(title="Age of uploads", figures=staleness_figures(methods), tables=staleness_table(methods))
     yield Section(
         title="Settings and environment",
         tables=[*_settings(methods), *_search(suite), *_environment(suite), _runs(suite, methods)],

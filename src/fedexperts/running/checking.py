@@ -73,6 +73,8 @@ class CheckReport:
     """Simulated seconds of the first round; None without a clock."""
     under_way_bytes: int | None = None
     """Most bytes on disk of uploads under way and of what they began from; None where rounds wait for all."""
+    uploads_by_arrival: int = 0
+    """Uploads of a step that counts them as they come; 0 where the cohort or a clock says whose they are."""
     process_bytes: int | None = None
     """Largest plan of a client's process in the first round; None where clients are resident."""
     roles: Mapping[str, PredictedRole] = field(default_factory=dict)
@@ -160,6 +162,8 @@ class CheckReport:
         if self.under_way_bytes is not None:
             at_most = f"at most {self.under_way_bytes / 2**20:,.1f} MiB"
             rows.append(["uploads under way, on the server's disk", at_most])
+        if self.uploads_by_arrival:
+            rows.append(["staleness of uploads", "not predicted: uploads count as they come"])
         if self.quantised:
             rows.append(["experts in few bits", self.quantised])
         if self.retention is not None:
@@ -177,6 +181,11 @@ class CheckReport:
     def _both_row(self) -> list[str]:
         sizes = [one.upload + one.download for one in self.bytes]
         steps = self.clock.steps if self.clock else None
+        if self.uploads_by_arrival:
+            number = self.uploads_by_arrival * self.num_rounds
+            least = f"{number * min(sizes):,} to " if min(sizes) < max(sizes) else ""
+            told = f"{least}{number * max(sizes):,} bytes"
+            return [f"both, {number:,} uploads, {self.num_rounds} rounds", told]
         if steps is None:
             who, both = f"{self.cohort_size} clients", sum(sizes) * self.num_rounds
             return [f"both, {who}, {self.num_rounds} rounds", f"{both:,} bytes"]
@@ -231,6 +240,7 @@ class CheckReport:
             "server_memory_bytes": self.server_bytes,
             "process_memory_bytes": self.process_bytes,
             **({} if self.under_way_bytes is None else {"under_way_bytes": self.under_way_bytes}),
+            **({"uploads_by_arrival": self.uploads_by_arrival} if self.uploads_by_arrival else {}),
             **({"roles": {name: asdict(role) for name, role in self.roles.items()}} if self.roles else {}),
             "retention": None if self.retention is None else asdict(self.retention),
             **({} if self.privacy is None else {"privacy": dict(self.privacy)}),
@@ -297,6 +307,7 @@ def check_experiment(config: RunConfig) -> CheckReport:
                 quantised=quantised_experts(parts.model),
                 clock=predict_clock(bench, runtime, trained, predicted, memory.total),
                 under_way_bytes=_under_way_bytes(config, state, predicted.values()),
+                uploads_by_arrival=_uploads_by_arrival(config),
                 process_bytes=process_bytes,
                 roles=roles,
                 privacy=privacy,
@@ -316,7 +327,15 @@ def _under_way_bytes(
     if config.asynchronous is None:
         return None
     most = config.asynchronous.concurrency or len(state.clients)
-    return most * (max(one.upload for one in predicted) + num_bytes(state.tensors))
+    began_from, upload = most * num_bytes(state.tensors), max(one.upload for one in predicted)
+    if not (by_arrival := _uploads_by_arrival(config)):
+        return began_from + most * upload
+    return began_from + by_arrival * upload + most * max(one.download for one in predicted)
+
+
+def _uploads_by_arrival(config: RunConfig) -> int:
+    is_simulated = config.transport.name == "inprocess"
+    return 0 if config.asynchronous is None or is_simulated else config.asynchronous.buffer
 
 
 def _retention_row(asked: PredictedRetention) -> list[str]:

@@ -33,7 +33,7 @@ from fedexperts.federation.ledger import Ledger
 from fedexperts.federation.rounds import Federation, RoundRecord, as_counts
 from fedexperts.federation.runtime import ClientRuntime, Watcher
 from fedexperts.federation.scoring import HASH, SUBJECTS, UNTOLD, Scorer, hash_of, metric_names, table_of
-from fedexperts.federation.transport import Transport
+from fedexperts.federation.transport import ArrivingTransport, Transport
 from fedexperts.federation.under_way import UploadFolder
 from fedexperts.integrity import check_resumable
 from fedexperts.messages import Upload
@@ -254,6 +254,7 @@ class ServerRun:
                 asynchronous=config.asynchronous,
                 folder=UploadFolder(path=self.directory.under_way),
                 states=lambda round_number: self.directory.state / state_name(round_number),
+                arriving=self.transport if isinstance(self.transport, ArrivingTransport) else None,
             )
         return make(
             algorithm=config.algorithm,

@@ -6,8 +6,8 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from fedexperts.federation.asynchronous import Buffer
 from fedexperts.federation.asynchronous_settings import AsynchronousSettings
+from fedexperts.federation.buffer import Buffer, ByClock
 from fedexperts.federation.clock import Clock
 from fedexperts.federation.under_way import TurnUnderWay
 
@@ -44,22 +44,26 @@ def predict_steps(
     uploads, ages, under_way = dict.fromkeys(turns, 0), [], list[TurnUnderWay]()
     first: Mapping[str, Any] = {}
     for round_number in range(1, num_rounds + 1):
+        source = ByClock(
+            client_ids=list(turns),
+            now=clock.now,
+            under_way=under_way,
+            begin=partial(_begun, clock, turns, round_number - 1),
+        )
         buffer = Buffer(
             settings=settings,
             client_ids=list(turns),
             seed=clock.seed,
             round_number=round_number,
-            now=clock.now,
-            under_way=under_way,
-            ask=partial(_begun, clock, turns, round_number - 1),
+            source=source,
         )
         buffer.fill()
         for one in buffer.arrived:
             clock.count(one.turn)
             uploads[one.turn.client_id] += 1
             ages.append(buffer.staleness(one))
-        clock.wait_until(buffer.now)
-        ended, under_way = clock.end_round(), buffer.under_way
+        clock.wait_until(source.now)
+        ended, under_way = clock.end_round(), source.under_way
         first = first or ended
     return PredictedSteps(
         first=first or clock.end_round(),
