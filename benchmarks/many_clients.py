@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.setting import THREADS, bench_config
+from benchmarks.setting import bench_config, one_thread
 from benchmarks.tables import Figures, Table
 from fedexperts.report import write_report
 from fedexperts.running.experiment import run_experiment
@@ -23,6 +21,9 @@ _SMALL = (
     "data.tinyworld.examples_per_client=12",
     "training.num_local_steps=1",
     "training.batch_size=2",
+    "threads=1",  # a second one waits for others' work in a loop, whose CPU time would be counted
+    "evaluation.retention.neutral=none",  # else each client's model answers 32 instructions, twice
+    "algorithm.selection=random",  # else a client that was never drawn has a pass over its data
 )
 
 
@@ -41,8 +42,7 @@ class _Marks(QuietProgress):
 
 def measure(model: str, *, sizes: Sequence[int] = SIZES) -> dict[str, Any]:
     """CPU seconds, which other work on the machine hardly changes; bytes and files of the run directory."""
-    torch.set_num_threads(THREADS)
-    with tempfile.TemporaryDirectory() as folder:
+    with one_thread(), tempfile.TemporaryDirectory() as folder:
         _measure(model, COHORT, Path(folder) / "first")  # loads what is loaded once
         return {"sizes": {str(size): _measure(model, size, Path(folder) / str(size)) for size in sizes}}
 

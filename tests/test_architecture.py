@@ -44,7 +44,7 @@ ROWS = (
     ("tensors",),
     ("doctor",),
     ("integrity",),
-    ("client_folder",),
+    ("client_folder", "releases"),
     ("seals",),
     (
         "running.environment",

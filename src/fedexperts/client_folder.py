@@ -96,15 +96,22 @@ class ClientFolder:
         Raises:
             UserError: it is missing or damaged.
         """
-        self.check(kept_round)
-        name = self._version(kept_round)
+        name = self.check(kept_round)
         return self.path / name if name else None
 
-    def check(self, kept_round: int) -> None:
-        """Raise UserError unless the version of ``kept_round`` is there, as it was written."""
-        name = self._version(kept_round)
+    def check(self, kept_round: int) -> str:
+        """Return the name of the version of ``kept_round``; empty where it kept nothing, and for round 0.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        if not kept_round:
+            return ""
+        kept = self._kept()
+        name = self._version(kept, kept_round)
         if name:
-            check_file(self.path / name, self._kept().files[name])
+            check_file(self.path / name, kept.files[name])
+        return name
 
     def check_made_last(self) -> None:
         """Raise UserError unless the files that are no versions are there, as they were written."""
@@ -117,10 +124,7 @@ class ClientFolder:
         for name, seal in self._kept().files.items():
             check_file(self.path / name, seal)
 
-    def _version(self, kept_round: int) -> str:
-        if not kept_round:
-            return ""
-        kept = self._kept()
+    def _version(self, kept: _Kept, kept_round: int) -> str:
         if kept_round in kept.versions:
             return kept.versions[kept_round]
         if kept.first_kept_round is not None and kept_round >= kept.first_kept_round:

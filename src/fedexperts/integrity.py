@@ -11,6 +11,7 @@ from typing import Any
 
 from fedexperts.client_folder import ClientFolder
 from fedexperts.errors import UserError
+from fedexperts.releases import check_releases
 from fedexperts.run_directory import RunDirectory, write_atomically
 from fedexperts.seals import check_file, check_log, damaged, hash_of_file, read_sealed
 
@@ -55,6 +56,8 @@ def _checks(run: RunDirectory, record: Record) -> Iterator[Check]:
     for name, seal in record["files"].items():
         yield partial(check_file, run.path / name, seal)
     yield partial(read_sealed, run.base)
+    if "num_releases" in record:
+        yield partial(check_releases, run.releases, record["num_releases"])
     for name, seal in record["logs"].items():
         yield partial(check_log, run.path / name, seal)
     if has_clients(run):

@@ -6,6 +6,7 @@
 ``base.json``             figures of the untouched model
 ``rounds.jsonl``          one line a round
 ``clients.jsonl``         one line for each client and round
+``releases.json``         with ``[privacy]``: how often each client was asked, never set back
 ``checkpoint.json``       the last round that counts; written last, so that it is the moment of commit
 ``state/``                the server's tensors of the last rounds, and copies of their ``checkpoint.json``
 ``clients/<id>/``         what one client keeps: personal tensors by round, adapted tensors, predictions;
@@ -214,6 +215,7 @@ class RunDirectory:
         self.rounds = path / "rounds.jsonl"
         self.clients = path / "clients.jsonl"
         self.checkpoint = path / "checkpoint.json"
+        self.releases = path / "releases.json"
         self.result = path / "result.json"
         self.extraction = path / "extraction.json"
         self.state = path / "state"

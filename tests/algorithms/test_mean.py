@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedexperts.algorithms.api import Algorithm, ServerState
+from fedexperts.algorithms.api import Algorithm, ClientFacts, ServerState
 from fedexperts.messages import Upload
 
 
@@ -49,3 +49,18 @@ def test_uploads_are_taken_one_at_a_time():
             assert alive == list(range(value + 1))
 
     assert average(state(a=torch.zeros(1)), uploads()).tensors["a"].item() == 1.0
+
+
+def test_clients_are_counted_through_once_for_the_places_of_all():
+    class Watched(tuple):
+        num_passes = 0
+
+        def __iter__(self):
+            Watched.num_passes += 1
+            return super().__iter__()
+
+    ids = [f"client-{place:03d}" for place in range(50)]
+    facts = Watched(ClientFacts(client_id=client_id, num_train=1) for client_id in ids)
+    server = ServerState(round_number=0, tensors={}, clients=facts)
+    assert [server.position(client_id) for client_id in ids] == list(range(50))
+    assert Watched.num_passes == 1

@@ -13,12 +13,15 @@ from fedexperts.algorithms.privacy import PrivacySettings, PrivateRounds, clippe
 from fedexperts.config.load import config_sha256
 from fedexperts.costs.privacy import epsilon_of, privacy_of
 from fedexperts.costs.stopwatch import Stopwatch
+from fedexperts.doctor import examine
 from fedexperts.errors import UserError
 from fedexperts.federation.personal import PersonalStore
 from fedexperts.federation.runtime import ClientRuntime
+from fedexperts.integrity import rewind
 from fedexperts.messages import Download, Upload
+from fedexperts.releases import Releases, check_releases, read_releases, write_releases
 from fedexperts.report import write_report
-from fedexperts.run_directory import read_json, read_lines
+from fedexperts.run_directory import RunDirectory, read_json, read_lines
 from fedexperts.running.checking import check_experiment
 from fedexperts.running.experiment import run_experiment
 from fedexperts.running.workbench import open_workbench
@@ -135,11 +138,11 @@ def test_without_the_accountant_noise_is_refused_in_a_sentence(monkeypatch):
 
 def test_only_the_turns_of_the_busiest_client_count():
     settings = PrivacySettings(clip_norm=1.0, noise_multiplier=2.0)
-    found = privacy_of(settings, [("a", "b"), ("b", "c"), ("b", "a")])
+    found = privacy_of(settings, {"a": 2, "b": 3, "c": 1})
     assert found["turns_of_a_client"] == 3
     assert found["epsilon"] == epsilon_of(settings, 3) > epsilon_of(settings, 2)
-    assert privacy_of(PrivacySettings(clip_norm=1.0), [("a",)])["epsilon"] is None
-    assert privacy_of(settings, [])["epsilon"] == 0.0
+    assert privacy_of(PrivacySettings(clip_norm=1.0), {"a": 1})["epsilon"] is None
+    assert privacy_of(settings, {})["epsilon"] == 0.0
 
 
 # Runs
@@ -176,6 +179,7 @@ def test_without_a_clip_norm_nothing_changes_by_a_bit(make_config, tmp_path, qui
     assert plain["server_state_sha256"] == off["server_state_sha256"]
     assert plain["personal_sha256"] == off["personal_sha256"]
     assert "privacy" not in off
+    assert not (tmp_path / "off" / "releases.json").exists()
 
 
 @pytest.mark.parametrize("method", [pytest.param("flex", marks=pytest.mark.slow), "fedadam"])
@@ -263,3 +267,85 @@ def test_a_method_without_uploads_is_refused_at_its_start_and_by_a_check(make_co
         run_experiment(config, tmp_path / "run", progress=quiet)
     with pytest.raises(UserError, match=sentence):
         check_experiment(config)
+
+
+# Releases
+
+REPEATABLE = ("privacy.noise_seed=5", "evaluation.exam.source=none", "evaluation.metrics=['loss']")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def killed_after_an_upload(monkeypatch):
+    """A run whose server ends in round 2, once client-000 has answered."""
+    handle = ClientRuntime.handle
+
+    def answer(self, client_id, download):
+        if (download.task, download.round_number, client_id) == ("train", 2, "client-001"):
+            raise Killed
+        return handle(self, client_id, download)
+
+    def run(config, folder, progress):
+        with monkeypatch.context() as patched:
+            patched.setattr(ClientRuntime, "handle", answer)
+            with pytest.raises(Killed):
+                run_experiment(config, folder, progress=progress)
+
+    return run
+
+
+@pytest.mark.parametrize("noise", ["client", pytest.param("server", marks=pytest.mark.slow)])
+def test_a_round_that_is_asked_again_counts_again_and_going_back_takes_nothing_off(
+    noise, make_config, tmp_path, quiet, killed_after_an_upload, monkeypatch
+):
+    config = make_config("fedavg", *SMALL, *PRIVATE, f"privacy.noise={noise}", *REPEATABLE, "rounds=2")
+    whole = run_experiment(config, tmp_path / "whole", progress=quiet)
+    assert whole["privacy"] == privacy_of(config.privacy, {"client-000": 2, "client-001": 2})
+    run = RunDirectory(tmp_path / "cut")
+    killed_after_an_upload(config, run.path, quiet)
+    told = []
+    monkeypatch.setattr(quiet, "message", told.append)
+    again = run_experiment(config, run.path, progress=quiet, resume=True)
+    assert f"epsilon {epsilon_of(config.privacy, 3):.3g} at" in told[0], "before anybody is asked"
+    assert again["privacy"] == privacy_of(config.privacy, {"client-000": 3, "client-001": 3}, 1)
+    assert again["privacy"]["epsilon"] == epsilon_of(config.privacy, 3) > whole["privacy"]["epsilon"]
+    spent = [line["privacy"] for line in read_lines(run.rounds)]
+    assert [(one["turns_of_a_client"], one["num_repeated_rounds"]) for one in spent] == [(1, 0), (3, 1)]
+    assert spent[-1]["epsilon"] == again["privacy"]["epsilon"]
+    assert "rounds begun again count each time: 1" in write_report(run.path)[1].read_text()
+    rewind(run, 1)
+    once_more = run_experiment(config, run.path, progress=quiet, resume=True)
+    assert once_more["privacy"]["epsilon"] == epsilon_of(config.privacy, 4)
+    # With the seed of the noise known, all else is the run that nobody interrupted, bit for bit.
+    for result in (again, once_more):
+        assert result["server_state_sha256"] == whole["server_state_sha256"]
+        assert result["mean"] == whole["mean"]
+
+
+def test_a_journal_of_releases_that_is_lost_old_or_damaged_is_named(
+    make_config, tmp_path, quiet, killed_after_an_upload
+):
+    config = make_config("fedavg", *SMALL, *PRIVATE, *REPEATABLE, "rounds=2")
+    run = RunDirectory(tmp_path / "run")
+    killed_after_an_upload(config, run.path, quiet)
+    journal = run.releases.read_bytes()
+    assert read_releases(run.releases) == Releases(
+        turns={"client-000": 2, "client-001": 2}, rounds={"1": 1, "2": 1}
+    )
+    assert examine(run.path).problems == ()
+    write_releases(run.releases, Releases(turns={"client-000": 1}, rounds={"1": 1}))
+    old = "counts 1 uploads asked for, but there were 2: it is an older copy"
+    for change, reason in (
+        (lambda: None, old),
+        (lambda: run.releases.write_bytes(journal.replace(b"2", b"1", 1)), "is damaged"),
+        (run.releases.unlink, "does not exist"),
+    ):
+        change()
+        with pytest.raises(UserError, match=reason):
+            run_experiment(config, run.path, progress=quiet, resume=True)
+        assert any(reason in problem for problem in examine(run.path).problems)
+    with pytest.raises(UserError, match="does not exist"):
+        check_releases(run.releases, 0)

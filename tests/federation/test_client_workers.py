@@ -3,16 +3,18 @@
 import multiprocessing
 import os
 import sys
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from fedexperts.algorithms.api import ClientFacts
 from fedexperts.config.load import config_sha256, difference, settings_sha256, to_table
 from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.errors import UserError
-from fedexperts.federation.workers import _reason, take_turn
-from fedexperts.messages import Download, Upload, decode_upload, encode_download
+from fedexperts.federation.workers import WorkerPool, _reason, take_turn
+from fedexperts.messages import Download, Upload, decode_upload, encode_download, encode_upload
 from fedexperts.models.frozen_weights import map_frozen, write_frozen
 from fedexperts.models.load import ModelSettings, load_model
 from fedexperts.processes import WorkerEnded
@@ -77,6 +79,23 @@ def test_an_answer_that_cannot_be_written_is_the_client_s_failure():
 
     assert turn("a").report == {"client": "a", "round": 7}
     assert turn("a" * 9000).failure.startswith("the plain data of a message take")
+
+
+def test_turns_that_have_ended_are_not_looked_at_again(monkeypatch):
+    """Each turn is looked at a few times, however many there were before it."""
+
+    class Here(WorkerPool):
+        def ask(self, client_id, message, on_event):
+            return encode_upload(Upload(report={"client": client_id})), {}
+
+    number, looks, done = 100, [], Future.done
+    monkeypatch.setattr(Future, "done", lambda self: looks.append(self) or done(self))
+    downloads = [(f"client-{place:03d}", Download(round_number=1, task="train")) for place in range(number)]
+    facts = tuple(ClientFacts(client_id=client_id, num_train=1) for client_id, _ in downloads)
+    with Here(2, None, facts) as pool:
+        found = [delivery.upload.report["client"] for delivery in pool.exchange(downloads)]
+    assert found == [client_id for client_id, _ in downloads]
+    assert len(looks) <= 12 * number
 
 
 @pytest.mark.parametrize(("exit_code", "is_hint"), [(-9, True), (-15, False), (1, False)])

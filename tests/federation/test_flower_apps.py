@@ -7,10 +7,12 @@ from flower_grid import InMemoryGrid, app_node
 from flwr.app import Context, RecordDict
 
 from fedexperts.config.load import resolved_toml
+from fedexperts.costs.privacy import epsilon_of
 from fedexperts.errors import UserError
 from fedexperts.federation import flower_client, flower_server
 from fedexperts.federation.flower_events import heard
 from fedexperts.federation.flower_server import serve
+from fedexperts.releases import Releases, read_releases, write_releases
 from fedexperts.run_directory import RunDirectory, read_json, read_lines
 from fedexperts.running.experiment import run_experiment
 
@@ -51,27 +53,51 @@ def test_a_run_over_flower_is_the_run_in_process(make_config, tmp_path, quiet):
     assert same(tmp_path / "flower") == same(tmp_path / "inprocess")
 
 
+class Died(Exception):
+    pass
+
+
+def dies(position, node):
+    """A node with which the server ends in round 2."""
+
+    def answer(message):
+        if position == 1 and message.metadata.group_id == "train 2":
+            raise Died
+        return node(message)
+
+    return answer
+
+
 @pytest.mark.slow
 def test_a_run_over_flower_goes_on_after_its_server_died(make_config, tmp_path, quiet):
     config = make_config("flex", "transport.name=flower", "rounds=2")
     run_experiment(make_config("flex", "rounds=2"), tmp_path / "whole", progress=quiet)
-
-    class Died(Exception):
-        pass
-
-    def dies(position, node):
-        def answer(message):
-            if position == 1 and message.metadata.group_id == "train 2":
-                raise Died
-            return node(message)
-
-        return answer
 
     with pytest.raises(Died):
         run_over_grid(config, tmp_path / "cut", wrap=dies)
     assert len(read_lines(tmp_path / "cut" / "rounds.jsonl")) == 1
     run_over_grid(config, tmp_path / "cut")
     assert same(tmp_path / "cut") == same(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_what_was_released_before_the_server_died_counts(make_config, tmp_path):
+    private = ("privacy.clip_norm=0.5", "privacy.noise_multiplier=2", "privacy.noise=client")
+    config = make_config("fedavg", "transport.name=flower", "rounds=2", *private)
+    with pytest.raises(Died):
+        run_over_grid(config, tmp_path / "cut", wrap=dies)
+    found = run_over_grid(config, tmp_path / "cut")["privacy"]
+    assert (found["epsilon"], found["num_repeated_rounds"]) == (epsilon_of(config.privacy, 3), 1)
+
+
+@pytest.mark.parametrize(("noise", "turns"), [("client", 2), ("server", 1)])
+def test_a_client_that_noises_twice_in_a_round_has_released_twice(noise, turns, make_config, tmp_path):
+    given = ("privacy.clip_norm=1", "privacy.noise_multiplier=1", "cohort.max_change_factor=0")
+    config = make_config("fedavg", *given, f"privacy.noise={noise}")
+    run = RunDirectory(tmp_path)
+    write_releases(run.releases, Releases().with_round(1, ["client-000"]))
+    flower_server.release_counter(config, run)("client-000")
+    assert read_releases(run.releases) == Releases(turns={"client-000": turns}, rounds={"1": 1})
 
 
 def test_a_partition_that_the_data_has_not_is_refused(make_config, tmp_path):

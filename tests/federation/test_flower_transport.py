@@ -55,13 +55,14 @@ def node(position, num_clients=3, answer=None):
     return answered
 
 
-def transport(grid, timeout_seconds=60.0, **patience):
+def transport(grid, timeout_seconds=60.0, asks_again=lambda client_id: None, **patience):
     return FlowerTransport(
         grid,
         config_sha256=HASH,
         patience=Patience(answer_seconds=timeout_seconds, **patience),
         clock=grid.clock,
         pause=grid.clock.pause,
+        asks_again=asks_again,
     )
 
 

@@ -32,12 +32,12 @@ def killed(code=5):
     return lambda download: Error(code=code, reason="gone")
 
 
-def three(code=5):
+def three(code=5, **options):
     """The second of three clients loses its turn; transport that needs them all."""
     clock = Changing()
     clock.due = float("inf")
     grid = InMemoryGrid({5: node(0), 6: node(1, answer=killed(code)), 7: node(2)}, clock=clock)
-    carried = transport(grid, needs_all=True)
+    carried = transport(grid, needs_all=True, **options)
     assert carried.clients
     return grid, carried
 
@@ -48,7 +48,8 @@ def positions(deliveries):
 
 @pytest.mark.parametrize("code", [3, 4, 5, 8])
 def test_a_client_that_was_killed_in_its_turn_is_asked_again(code, caplog):
-    grid, carried = three(code)
+    again = []
+    grid, carried = three(code, asks_again=again.append)
     killed_once = grid.nodes[6]
 
     def revived(message):
@@ -58,13 +59,16 @@ def test_a_client_that_was_killed_in_its_turn_is_asked_again(code, caplog):
     grid.nodes[6] = revived
     assert positions(carried.exchange(train(ids(carried)))) == [0.0, 1.0, 2.0]
     assert [text for text in caplog.messages if text.startswith("waiting for client client-001: ")]
+    assert again == ["client-001"], "told, since it may have noised an upload before"
 
 
 def test_a_client_that_is_away_when_it_is_asked_is_waited_for():
-    grid, carried = three()
+    again = []
+    grid, carried = three(asks_again=again.append)
     del grid.nodes[6]
     grid.clock.at(20.0, grid, {5: node(0), 6: node(1), 7: node(2)})
     assert positions(carried.exchange(train(ids(carried)))) == [0.0, 1.0, 2.0]
+    assert again == [], "nothing was asked before"
     assert grid.clock.now == pytest.approx(20.0, abs=0.2), "asked again as soon as it is there"
 
 

@@ -1,5 +1,8 @@
 """One absurd upload is refused by its norm, whoever sends it first, and honest ones never are."""
 
+import math
+import statistics
+
 import pytest
 import torch
 
@@ -79,3 +82,22 @@ def test_norms_are_of_all_tensors_from_what_the_client_had():
 def test_a_factor_that_is_no_limit_is_refused(factor):
     with pytest.raises(UserError, match=r"max_change_factor must be 0 \(no limit\) or above 1"):
         CohortSettings(max_change_factor=factor)
+
+
+class Compared(float):
+    """A number that counts its comparisons by order."""
+
+    count = 0
+
+    def __lt__(self, other):
+        Compared.count += 1
+        return float(self) < other
+
+
+@pytest.mark.parametrize("number", [101, 102])
+def test_the_median_of_many_uploads_is_kept_and_not_made_anew_for_each(number):
+    changes = [Compared(1 + 7 * place % number) for place in range(number - 1)]
+    Compared.count = 0
+    (reason,) = [reason for _, reason in said([*changes, Compared(1e6)]) if reason]
+    assert Compared.count <= number * math.ceil(math.log2(number)), "a search among those before, for each"
+    assert reason.endswith(f"the median of the round's uploads, {statistics.median([*changes, 1e6]):.6g}")

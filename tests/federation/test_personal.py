@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedexperts import client_folder
 from fedexperts.algorithms.api import Kept
 from fedexperts.errors import UserError
 from fedexperts.federation.personal import PersonalStore, kept_sha256
@@ -136,3 +137,13 @@ def test_a_version_and_its_record_are_on_the_disk_under_their_names(store, monke
     monkeypatch.setattr(os, "fsync", told)
     store.save(ID, kept(1.0), round_number=1, kept_round=0)
     assert synced == [".personal-round-00001.safetensors.partial", ".kept.json.partial", ID]
+
+
+def test_the_record_is_read_once_in_a_turn_for_each_of_reading_and_writing(store, monkeypatch):
+    read, read_sealed = [], client_folder.read_sealed
+    store.save(ID, kept(0.1), round_number=1, kept_round=0)
+    monkeypatch.setattr(client_folder, "read_sealed", lambda path: read.append(path) or read_sealed(path))
+    store.load(ID, 1)
+    assert len(read) == 1
+    store.save(ID, kept(0.2), round_number=2, kept_round=1)
+    assert len(read) == 2

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fedexperts.federation.snapshot import install_snapshot, read_snapshot, snapshot_bytes, take_snapshot
+from fedexperts.models.checkpoint import Checkpoint
+from fedexperts.moe.surgery import graft as grafting
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.slots import SlotPlan, full_weights, split_layer
 from fedexperts.moe.surgery.undo import undone
@@ -74,3 +76,18 @@ def test_trained_experts_that_no_gradient_moved_are_left_out(parts):
         snapshot = take_snapshot(parts, undo.written)
     experts = {name for name in snapshot.tensors if ".experts." in name}
     assert experts == {seam.expert_name(layer, 2, layer.parameter_names()[0])}
+
+
+def test_only_experts_that_were_written_are_read_again(parts, monkeypatch):
+    """Every client of a run has a snapshot; a graft, which lies inside a layer, is no reason to read it."""
+    read, expert = [], Checkpoint.expert
+    monkeypatch.setattr(
+        Checkpoint, "expert", lambda self, *place: [read.append(place), expert(self, *place)][1]
+    )
+    layer = parts.layers[0]
+    with undone(parts.model, parts.layers, parts.originals) as undo:
+        grafting.graft(parts.layers, [1] * len(parts.layers), grafting.GraftForm(), 0)
+        take_snapshot(parts, undo.written)
+        assert read == []
+        take_snapshot(parts, [seam.expert_name(layer, 2, layer.parameter_names()[0])])
+    assert read == [(0, 2)]

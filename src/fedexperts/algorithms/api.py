@@ -6,6 +6,7 @@ the steps in which it differs (docs/design/0006-protocol.md says why there is a 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -211,7 +212,11 @@ class ServerState:
 
     def position(self, client_id: str) -> int:
         """Return the row of ``client_id`` in per-client tensors."""
-        return [facts.client_id for facts in self.clients].index(client_id)
+        return self._positions[client_id]
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {facts.client_id: place for place, facts in enumerate(self.clients)}
 
 
 Seconds = dict[str, float]

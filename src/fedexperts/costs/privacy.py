@@ -1,6 +1,6 @@
 """Account for the differential privacy of a run: epsilon after its rounds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -35,10 +35,17 @@ def epsilon_of(settings: PrivacySettings, num_turns: int) -> float:
     return float(epsilon)
 
 
-def privacy_of(settings: PrivacySettings, cohorts: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Return what result.json says of a run's privacy; epsilon is None where there is no noise."""
-    turns = [client_id for cohort in cohorts for client_id in cohort]
-    most = max(map(turns.count, set(turns)), default=0)
+def privacy_of(
+    settings: PrivacySettings, turns: Mapping[str, int], num_repeated_rounds: int = 0
+) -> dict[str, Any]:
+    """Return what result.json says of a run's privacy; epsilon is None where there is no noise.
+
+    Args:
+        settings: section ``[privacy]``.
+        turns: times that each client is asked, those of repeated rounds included.
+        num_repeated_rounds: times that a round was begun again.
+    """
+    most = max(turns.values(), default=0)
     return {
         "epsilon": epsilon_of(settings, most) if settings.noise_multiplier else None,
         "delta": settings.delta,
@@ -46,6 +53,7 @@ def privacy_of(settings: PrivacySettings, cohorts: Sequence[Sequence[str]]) -> d
         "noise_multiplier": settings.noise_multiplier,
         "noise": settings.noise,
         "turns_of_a_client": most,
+        "num_repeated_rounds": num_repeated_rounds,
         "noise_is_secret": settings.noise_seed < 0,
     }
 
@@ -58,4 +66,10 @@ def describe_privacy(privacy: Mapping[str, Any]) -> str:
     return (
         f"privacy: epsilon {privacy['epsilon']:.3g} at delta {privacy['delta']:g} after "
         f"{privacy['turns_of_a_client']} turns of a client, noise by the {privacy['noise']}{secret}"
+        f"{_repeated(privacy)}"
     )
+
+
+def _repeated(privacy: Mapping[str, Any]) -> str:
+    number = privacy["num_repeated_rounds"]
+    return f"; rounds begun again, which count each time: {number}" if number else ""

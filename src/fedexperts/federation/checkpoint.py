@@ -8,6 +8,7 @@ from fedexperts.algorithms.api import ClientFacts, ServerState
 from fedexperts.federation.personal import read_tensors, write_tensors
 from fedexperts.federation.under_way import TurnUnderWay, UploadUnderWay, from_record
 from fedexperts.integrity import committed_files, cut_logs, drop_states, read_record, refuse_lost_checkpoint
+from fedexperts.releases import read_releases
 from fedexperts.run_directory import RunDirectory, write_atomically
 from fedexperts.seals import damaged, write_sealed
 from fedexperts.tensors import sha256_of
@@ -82,6 +83,7 @@ def _record_of(run: RunDirectory, checkpoint: Checkpoint) -> dict[str, Any]:
         "clients": [asdict(facts) for facts in state.clients],
         "kept_rounds": dict(checkpoint.kept_rounds),
         "logs": {path.name: seal.seal() for path, seal in run.log_hashes.items()},
+        **({"num_releases": read_releases(run.releases).total} if run.releases.exists() else {}),
         **({"under_way": [one.record() for one in checkpoint.uploads]} if checkpoint.uploads else {}),
     }
 

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from fedexperts.federation.flower_events import FAILED, WarningsSaid, said_progr
 from fedexperts.federation.flower_nodes import Sites
 from fedexperts.federation.flower_sent import Patience
 from fedexperts.federation.flower_transport import FlowerTransport
+from fedexperts.releases import read_releases, write_releases
 from fedexperts.run_directory import RunDirectory
 from fedexperts.running.experiment import ServerRun, environment_of
 from fedexperts.running.workbench import open_workbench, personal_store
@@ -64,10 +65,21 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory, keys: Mapping[int, s
             patience=_patience(config),
             spool_folder=run.path,
             sites=_sites(config, keys or {}),
+            asks_again=release_counter(config, run),
         )
         progress.phase("waiting for the clients")
         progress.message(f"{len(transport.clients)} clients have joined")
         ServerRun(config, run, scorer, transport, progress, stopwatch).run()
+
+
+def release_counter(config: RunConfig, run: RunDirectory) -> Callable[[str], None]:
+    """Return what counts a further upload that a client noises; the server noises a mean once."""
+
+    def count(client_id: str) -> None:
+        write_releases(run.releases, read_releases(run.releases).with_turn(client_id))
+
+    is_noised = config.privacy.is_on and config.privacy.noise == "client"
+    return count if is_noised else lambda client_id: None
 
 
 def _patience(config: RunConfig) -> Patience:

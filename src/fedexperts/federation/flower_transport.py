@@ -74,11 +74,14 @@ class FlowerTransport:
         pause: Callable[[float], None] = time.sleep,
         sites: Sites | None = None,
         spool_folder: Path | None = None,
+        asks_again: Callable[[str], None] = lambda client_id: None,
     ) -> None:
         """Prepare to gather clients: of divided data, or ``sites`` that have their own.
 
-        Answers that come before their turn wait on the disk of ``spool_folder``.
+        Answers that come before their turn wait on the disk of ``spool_folder``. ``asks_again`` is told a
+        client before it is asked a second time for the upload of one round.
         """
+        self._asks_again = asks_again
         self._sites = sites
         self._grid, self._config_sha256, self._patience = grid, config_sha256, patience
         self._timeout, self._spool_folder = patience.answer_seconds, spool_folder
@@ -301,6 +304,8 @@ class FlowerTransport:
         if node.node_id in online:
             sent.lost = ""
             logger.info("client %s is back and is asked again", sent.client_id)
+            if sent.is_training and sent.message_id:
+                self._asks_again(sent.client_id)
             self._push(sent, node.node_id)
 
     def _take_back(self, online: Collection[int]) -> None:

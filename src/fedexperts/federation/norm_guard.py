@@ -1,8 +1,8 @@
 """Refuse uploads that are absurdly far from all others, or from where they started."""
 
-import statistics
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import bisect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -40,6 +40,18 @@ def norms_of(upload: Upload, before: Mapping[str, Tensor]) -> Norms:
     )
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """Norms that have come in a round, in order: a median takes no sorting anew for each upload."""
+
+    change: list[float] = field(default_factory=list)
+    beside: list[float] = field(default_factory=list)
+
+    def add(self, norms: Norms) -> None:
+        bisect.insort(self.change, norms.change)
+        bisect.insort(self.beside, norms.beside)
+
+
 def guarded(judged: Iterable[Judged], factor: float) -> Iterator[tuple[Delivery, str]]:
     """Yield each delivery with the reason why it is refused, or none.
 
@@ -49,38 +61,47 @@ def guarded(judged: Iterable[Judged], factor: float) -> Iterator[tuple[Delivery,
     median or a start of 0 judges nothing.
     """
     held: list[tuple[Delivery, Norms]] = []
-    seen: list[Norms] = []
+    seen = _Seen()
     for delivery, reason, norms in judged:
         if reason or norms is None:
             yield delivery, reason
             continue
-        seen.append(norms)
+        seen.add(norms)
         held.append((delivery, norms))
-        if len(seen) >= FEWEST:
+        if len(seen.change) >= FEWEST:
             yield from _judge(held, seen, factor)
             held = []
     yield from _judge(held, seen, factor)
 
 
 def _judge(
-    held: Iterable[tuple[Delivery, Norms]], seen: list[Norms], factor: float
+    held: Iterable[tuple[Delivery, Norms]], seen: _Seen, factor: float
 ) -> Iterator[tuple[Delivery, str]]:
     for delivery, norms in held:
         yield delivery, _reason(norms, seen, factor)
 
 
-def _reason(norms: Norms, seen: list[Norms], factor: float) -> str:
+def _reason(norms: Norms, seen: _Seen, factor: float) -> str:
     if norms.change > factor * norms.start > 0:
         return _refused(
             "its change", norms.change, factor, "that of the tensors it started from", norms.start
         )
-    if len(seen) < FEWEST:
+    if len(seen.change) < FEWEST:
         return ""
-    for what, name in (("its change", "change"), ("what it sends beside its tensors", "beside")):
-        median = statistics.median(getattr(one, name) for one in seen)
-        if getattr(norms, name) > factor * median > 0:
-            return _refused(what, getattr(norms, name), factor, "the median of the round's uploads", median)
+    for what, norm, all_seen in (
+        ("its change", norms.change, seen.change),
+        ("what it sends beside its tensors", norms.beside, seen.beside),
+    ):
+        median = _median(all_seen)
+        if norm > factor * median > 0:
+            return _refused(what, norm, factor, "the median of the round's uploads", median)
     return ""
+
+
+def _median(in_order: Sequence[float]) -> float:
+    """Return the middle of numbers in order, or the mean of the two in the middle."""
+    middle = len(in_order) // 2
+    return in_order[middle] if len(in_order) % 2 else (in_order[middle - 1] + in_order[middle]) / 2
 
 
 def _refused(what: str, norm: float, factor: float, than: str, measure: float) -> str:

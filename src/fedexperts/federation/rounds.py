@@ -107,13 +107,14 @@ class Federation:
         self,
         start: Checkpoint,
         *,
-        before_round: Callable[[int, int], None],
+        before_round: Callable[[int, Sequence[str], int], None],
         after_client: Callable[[str], None],
         after_round: Callable[[Checkpoint, RoundRecord], None],
     ) -> Checkpoint:
         """Run all rounds after ``start``; ``after_round`` is where a round is made to last.
 
-        ``before_round`` is told the round and the number of uploads that it waits for.
+        ``before_round`` is told the round, its cohort and the number of uploads that it waits for, before any
+        client is asked.
 
         Raises:
             UserError: a client failed and ``cohort.on_failure`` is ``stop``; the round does not count.
@@ -122,7 +123,7 @@ class Federation:
         client_ids = [facts.client_id for facts in start.state.clients]
         for round_number in range(start.state.round_number + 1, self.num_rounds + 1):
             cohort = draw_cohort(client_ids, self.cohort, self.seed, round_number)
-            before_round(round_number, self._num_awaited(cohort))
+            before_round(round_number, cohort, self._num_awaited(cohort))
             record = RoundRecord(round_number=round_number, cohort=cohort, lr=self.lr_of_round(round_number))
             started = time.perf_counter()
             reached = self._round(reached, record, after_client)

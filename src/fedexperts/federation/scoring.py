@@ -293,11 +293,10 @@ class Scorer:
     def _matrix_row(self) -> Tensors:
         """Score this model on every client's test split; all their prompts share batches."""
         wanted, runtime = self._matrix_scores(), self.runtime
+        if not wanted:
+            return {}
         settings = runtime.settings.evaluation
-        parts = [
-            self._usable(other, "test", settings.matrix_examples) if wanted else []
-            for other in runtime.data.client_ids
-        ]
+        parts = [self._usable(other, "test", settings.matrix_examples) for other in runtime.data.client_ids]
         row: Tensors = {}
         if "loss" in wanted:
             row["matrix_loss"] = _cells(self._loss(own) if own else _MISSING for own in parts)

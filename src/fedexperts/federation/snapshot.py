@@ -123,14 +123,12 @@ def _without_pretrained(parts: ModelParts, tensors: Tensors) -> Tensors:
         return tensors
     same = set()
     for layer in parts.layers:
-        if any(name.startswith(f"{layer.name}.") for name in tensors):
-            fused = parts.originals.fused(layer.index).items()
-            pretrained = {
-                seam.expert_name(layer, expert, parameter): one
-                for parameter, weight in fused
-                for expert, one in enumerate(weight)
-            }
-            same |= {n for n in pretrained.keys() & tensors.keys() if equal_bits(tensors[n], pretrained[n])}
+        for expert in range(layer.num_experts):
+            names = {seam.expert_name(layer, expert, one): one for one in layer.parameter_names()}
+            held = names.keys() & tensors.keys()
+            # Every client has its own snapshot: only what there is to compare with is read from the disk.
+            pretrained = parts.originals.expert(layer.index, expert) if held else {}
+            same |= {name for name in held if equal_bits(tensors[name], pretrained[names[name]])}
     return {name: tensor for name, tensor in tensors.items() if name not in same}
 
 

@@ -52,22 +52,21 @@ class WorkerPool(Workers[ClientRuntime]):
     def exchange(self, downloads: Iterable[tuple[str, Download]]) -> Iterator[Delivery]:
         """See the protocol; the server holds at most :data:`MOST_AHEAD` messages more than workers."""
         waiting, under_way, self._turns = iter(downloads), deque[Future[Delivery]](), []
+        busy: list[Future[Finished | None]] = []
         while True:
             # A turn that goes on after its upload counts too; of more turns than workers one is undelivered.
             most = self.num_workers + MOST_AHEAD
-            while max(len(under_way), self._num_open()) < most and (item := next(waiting, None)):
+            while max(len(under_way), len(busy := open_ones(busy))) < most and (item := next(waiting, None)):
                 client_id, download = item
                 delivery: Future[Delivery] = Future()
                 message, largest = encode_download(download), download.largest_answer
                 turn = self.submit(self._deliver, client_id, message, largest, delivery)
                 self._turns.append(turn)
+                busy.append(turn)
                 under_way.append(delivery)
             if not under_way:
                 return
             yield under_way.popleft().result()
-
-    def _num_open(self) -> int:
-        return sum(not turn.done() for turn in self._turns)
 
     def finish_round(self) -> Sequence[Finished]:
         """See the protocol."""
@@ -124,6 +123,11 @@ class WorkerPool(Workers[ClientRuntime]):
     def model_hashes(self) -> Sequence[str]:
         """Return the hash of each worker's resident model; nothing else may be going on."""
         return self.call_all(ClientRuntime.model_sha256)
+
+
+def open_ones(turns: Iterable[Future[Finished | None]]) -> list[Future[Finished | None]]:
+    """Return the turns that have not ended, to be asked for again: the others never."""
+    return [turn for turn in turns if not turn.done()]
 
 
 def take_turn(runtime: ClientRuntime, client_id: str, message: bytes) -> bytes:

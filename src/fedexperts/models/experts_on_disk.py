@@ -33,6 +33,10 @@ class ExpertsOnDisk:
                 fused[name][expert] = weight
         return fused
 
+    def expert(self, layer: int, expert: int) -> Tensors:
+        """Read one expert's weights into memory."""
+        return self._checkpoint.expert(layer, expert)
+
 
 def load_on_disk(checkpoint: Checkpoint) -> Any:
     """Load the model of ``checkpoint``, frozen, as :func:`fedexperts.models.load.load_model` does, bit for

@@ -129,9 +129,11 @@ def _guarantee(privacy: Mapping[str, Any]) -> str:
     if epsilon is None:
         return f"changes are clipped to a norm of {clip}, without noise: no differential privacy"
     known = "" if privacy.get("noise_is_secret") else ", but none for those who know privacy.noise_seed"
+    number = privacy.get("num_repeated_rounds")
+    again = f", rounds begun again count each time: {number}" if number else ""
     return (
         f"differential privacy of clients with epsilon {epsilon:.3g} at delta {privacy.get('delta')} for the "
-        f"shared tensors, not for scores and losses (noise by the {privacy.get('noise')}{known})"
+        f"shared tensors, not for scores and losses (noise by the {privacy.get('noise')}{known}{again})"
     )
 
 

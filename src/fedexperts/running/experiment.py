@@ -13,7 +13,7 @@ from fedexperts.algorithms.api import ModelParts, ServerState
 from fedexperts.algorithms.privacy import PrivateRounds
 from fedexperts.config.load import config_sha256, difference, load_config, resolved_toml, to_table
 from fedexperts.config.schema import RunConfig
-from fedexperts.costs.privacy import describe_privacy
+from fedexperts.costs.privacy import describe_privacy, privacy_of
 from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.errors import UserError
 from fedexperts.evaluation.retention import RETENTION_SCORES
@@ -35,9 +35,10 @@ from fedexperts.federation.runtime import ClientRuntime, Watcher
 from fedexperts.federation.scoring import HASH, SUBJECTS, UNTOLD, Scorer, hash_of, metric_names, table_of
 from fedexperts.federation.transport import ArrivingTransport, Transport
 from fedexperts.federation.under_way import UploadFolder
-from fedexperts.integrity import check_resumable
+from fedexperts.integrity import check_resumable, read_record
 from fedexperts.messages import Upload
 from fedexperts.models.held_experts import quantised_experts
+from fedexperts.releases import Releases, read_releases, write_releases
 from fedexperts.run_directory import RunDirectory, append_lines, read_lines, write_atomically
 from fedexperts.running.environment import describe_environment
 from fedexperts.running.privacy import privacy_of_run
@@ -51,6 +52,9 @@ from fedexperts.training.settings import learning_rate_share
 logger = logging.getLogger(__name__)
 
 TransportMaker = Callable[[ClientRuntime], Transport]
+
+_SPENT = ("epsilon", "turns_of_a_client", "num_repeated_rounds")
+"""Figures of ``[privacy]`` that grow from round to round."""
 
 
 def run_experiment(
@@ -148,7 +152,8 @@ class ServerRun:
     def run(self) -> dict[str, Any]:
         """Run all rounds that are left, evaluate, and write the result."""
         frozen = self.scorer.runtime.model_sha256()
-        federation, privacy = self._federation(), self._privacy()
+        federation = self._federation()
+        self._tell_privacy()
         reached = self._start(federation)
         self._set_clock(federation.clock)
         with self.stopwatch.phase("rounds"):
@@ -183,7 +188,7 @@ class ServerRun:
                 frozen_unchanged=frozen_same,
                 seconds=self._seconds(),
                 clock=federation.clock,
-                privacy=privacy,
+                privacy=self._released(),
             )
         )
         write_sealed(self.directory.result, result)
@@ -209,6 +214,8 @@ class ServerRun:
             reached = Checkpoint(state=state)
             with self.stopwatch.phase("evaluation"):
                 self._score_base(federation, reached)
+            if self.config.privacy.is_on:
+                write_releases(self.directory.releases, Releases())
             self._save(reached)
         drop_unfinished_round(self.directory)
         config = self.config
@@ -219,20 +226,32 @@ class ServerRun:
         self.progress.start(self.config.rounds, reached.state.round_number + 1)
         return reached
 
-    def _privacy(self) -> dict[str, Any] | None:
-        """Return, and tell, the run's privacy after all its rounds; None without ``[privacy]``.
+    def _tell_privacy(self) -> None:
+        """Tell the run's privacy after all its rounds, with ``[privacy]``.
 
         Raises:
-            UserError: there is nothing to protect.
+            UserError: there is nothing to protect, or the journal of releases is missing or damaged.
         """
         if not self.config.privacy.is_on:
-            return None
+            return
         clients, parts = self.transport.clients, self.scorer.runtime.parts
         state = self.config.algorithm.init(parts, clients)
         ids = [facts.client_id for facts in clients]
-        privacy = privacy_of_run(self.config, ids, self.config.algorithm.expected(parts, state, ids[0]))
+        expected = self.config.algorithm.expected(parts, state, ids[0])
+        if self.directory.checkpoint.exists():
+            reached = read_record(self.directory.checkpoint)["round"]
+            released = read_releases(self.directory.releases)
+            privacy = privacy_of_run(self.config, ids, expected, released=released, reached=reached)
+        else:
+            privacy = privacy_of_run(self.config, ids, expected)
         self.progress.message(describe_privacy(privacy))
-        return privacy
+
+    def _released(self) -> dict[str, Any] | None:
+        """Return the privacy after all that clients were asked until now; None without ``[privacy]``."""
+        if not self.config.privacy.is_on:
+            return None
+        released = read_releases(self.directory.releases)
+        return privacy_of(self.config.privacy, released.turns, released.num_repeated_rounds)
 
     def _save(self, reached: Checkpoint) -> None:
         save_checkpoint(self.directory, reached, keep_states=self.config.keep_states)
@@ -294,12 +313,18 @@ class ServerRun:
         if clock and lines:
             clock.now = lines[-1]["simulated"]["end"]
 
-    def _before_round(self, round_number: int, num_uploads: int) -> None:
+    def _before_round(self, round_number: int, cohort: Sequence[str], num_uploads: int) -> None:
+        """Count the round's releases before anybody is asked: a crash later cannot undo them."""
+        if self.config.privacy.is_on:
+            released = read_releases(self.directory.releases).with_round(round_number, cohort)
+            write_releases(self.directory.releases, released)
         self.progress.round_started(round_number, num_uploads)
 
     def _after_round(self, federation: Federation) -> Callable[[Checkpoint, RoundRecord], None]:
         def after_round(reached: Checkpoint, record: RoundRecord) -> None:
             line, every = record.line(reached.state), self.config.evaluation.every
+            if privacy := self._released():
+                line["privacy"] = {name: privacy[name] for name in _SPENT}
             if every and record.round_number % every == 0 and record.round_number < self.config.rounds:
                 line["evaluation"] = self._interim(federation, reached)
             append_lines(self.directory.clients, record.clients)

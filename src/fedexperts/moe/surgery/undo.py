@@ -22,6 +22,9 @@ class Originals(Protocol):
     def fused(self, layer: int) -> dict[str, Tensor]:
         """Return the fused parameters (E, ...) of an MoE layer by name."""
 
+    def expert(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """Return one expert's weights by the names of its fused parameters."""
+
 
 class Layer(Protocol):
     """The part of :class:`fedexperts.moe.surgery.seam.MoeLayer` that is needed here."""
