@@ -78,9 +78,10 @@ def deadly(folder):
     return {**os.environ, "DEADLY_FOLDER": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
-def plan(folder, name, point, kill):
-    """Let ``kill`` die at a point, as soon as it comes."""
-    (folder / f"plan-{name}.part").write_text(json.dumps(vars(point) | {"kill": kill}))
+def plan(folder, name, *queue):
+    """Let programs die at points, one after the other: each pair of ``queue`` is a point and its programs."""
+    plans = [vars(point) | {"kill": kill} for point, kill in queue]
+    (folder / f"plan-{name}.part").write_text(json.dumps(plans))
     (folder / f"plan-{name}.part").rename(folder / f"plan-{name}.json")
 
 
@@ -129,16 +130,15 @@ class Deployment:
         return ["site", "--server", address, *site, 'tell=["counts"]']
 
     def go_on(self, plans, seconds, least=1.0):
-        """Take each queue of plans in order; start again what has ended, until there is a result.
+        """Start again what has ended, until there is a result; each queue of plans goes in order.
 
         At least this share of the points has to find whom it kills.
         """
-        deadline, queues = time.monotonic() + seconds, {name: list(plans[name]) for name in plans}
+        deadline = time.monotonic() + seconds
+        for name, queue in plans.items():
+            plan(self.folder, name, *queue)
         while self.programs["server"].poll() != 0:
             assert time.monotonic() < deadline, self.last_words()
-            for name, queue in queues.items():
-                if queue and not (self.folder / f"plan-{name}.json").exists():
-                    plan(self.folder, name, *queue.pop(0))
             for name, process in list(self.programs.items()):
                 if process.poll() not in (None, 0):
                     self.start(name)

@@ -60,7 +60,7 @@ def test_a_run_that_is_killed_at_twenty_points_ends_in_the_same_bits(make_config
     killed = Killed(config, tmp_path / "killed")
     points = points_of_run(RUN, "fedexperts.running.workbench", RUN)
     for point in points:
-        plan(killed.folder, "run", point, [RUN])
+        plan(killed.folder, "run", (point, [RUN]))
         assert killed.start().wait() == -9, f"it did not die at {point}"
     assert killed.start().wait() == 0
     assert killed.num_starts == 21

@@ -2,7 +2,7 @@
 
 Python imports this module in every process of a deployment whose ``PYTHONPATH`` has its folder. A point is an
 audit event: the import of a module, or a file in the deployment's folder that is opened for writing, renamed
-or removed. The processes end before it happens. Each plan in the folder is for one time.
+or removed. The processes end before it happens. A file in the folder is a queue of plans, each for one time.
 """
 
 import json
@@ -56,15 +56,25 @@ def members():
                 yield int(entry.name), (entry / "cmdline").read_text()
 
 
+def put(path, plans):
+    """Make ``plans`` the queue of a file, whole or not at all; none leave no file."""
+    if plans:
+        path.with_suffix(".part").write_text(json.dumps(plans))
+        path.with_suffix(".part").rename(path)
+
+
 def die(event, arguments):
     if _busy or not (place := place_of(event, arguments)):
         return
     _busy.append(place)
     for path in Path(FOLDER).glob("plan-*.json"):
         with suppress(OSError):
-            plan = json.loads(path.read_text())
+            plan, *rest = json.loads(path.read_text())
             if is_there(plan, event, place):
                 path.rename(path.with_suffix(".done"))
+                put(
+                    path, rest
+                )  # at once: whoever is spared goes on, and its next moment may be the next plan's
                 doomed = [pid for pid, line in members() if any(is_one(line, one) for one in plan["kill"])]
                 with Path(FOLDER, "deaths.jsonl").open("a") as file:
                     file.write(json.dumps({**plan, "killed": len(doomed)}) + "\n")
