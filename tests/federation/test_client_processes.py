@@ -19,7 +19,7 @@ from fedexperts.federation.workers import take_turn
 from fedexperts.messages import Download, decode_upload, encode_download
 from fedexperts.models.tiny import tiny_model
 from fedexperts.process_memory import MemoryGuard
-from fedexperts.run_directory import read_json, read_lines
+from fedexperts.run_directory import SEAL, read_json, read_lines
 from fedexperts.running.checking import check_experiment
 from fedexperts.running.experiment import run_experiment
 from fedexperts.running.progress import QuietProgress
@@ -194,7 +194,7 @@ def test_check_predicts_the_memory_of_a_process(make_config):
 
 def without_times(value):
     if isinstance(value, dict):
-        gone = ("seconds", "name", PEAK, PLANNED)
+        gone = ("seconds", "name", SEAL, PEAK, PLANNED)
         return {key: without_times(one) for key, one in value.items() if key not in gone}
     return [without_times(one) for one in value] if isinstance(value, list) else value
 
