@@ -46,7 +46,7 @@ def outcome_of(directory):
 
 @pytest.fixture
 def config(make_config):
-    return make_config("flex", "evaluation.exam.source=none")
+    return make_config("fedavg", "evaluation.exam.source=none", "evaluation.max_test_examples=1")
 
 
 @pytest.fixture
@@ -68,6 +68,7 @@ def refuse(config, directory, message, *, resume):
         run_experiment(config, directory, progress=QuietProgress(), resume=resume)
 
 
+@pytest.mark.slow
 def test_a_second_and_a_third_process_leave_a_run_as_it_is(config, experiment, alone, tmp_path):
     run = tmp_path / "run"
     with going_on("run", experiment, run):
@@ -98,7 +99,9 @@ def test_of_two_processes_that_resume_a_run_one_wins(config, experiment, alone, 
 @pytest.mark.slow
 def test_over_flower_a_refused_process_leaves_the_folder_as_it_is(make_config, experiment, tmp_path):
     run = tmp_path / "run"
-    over_flower = make_config("flex", "evaluation.exam.source=none", "transport.name=flower")
+    over_flower = make_config(
+        "fedavg", "evaluation.exam.source=none", "evaluation.max_test_examples=1", "transport.name=flower"
+    )
     with going_on("run", experiment, run):
         before = files_in(run)
         refuse(over_flower, run, "in use by another process", resume=True)
