@@ -135,6 +135,7 @@ def test_the_tables_of_the_three_worlds_are_what_was_measured(world, start, end)
 
 FLUX = json.loads((ROOT / "experiments/flux/results.json").read_text())
 ASYNCHRONOUS = json.loads((ROOT / "experiments/asynchronous/results.json").read_text())
+PROMPT = json.loads((ROOT / "experiments/prompt_gate/results.json").read_text())
 CLOSED = json.loads((ROOT / "experiments/closed_gates/results.json").read_text())
 EXTRACTION = json.loads((ROOT / "experiments/extraction/results.json").read_text())
 EIGHT = json.loads((ROOT / "experiments/eight_clients/results.json").read_text())
@@ -180,9 +181,9 @@ def flux_cells(method):
     ]
 
 
-def closed_cells(run):
+def closed_cells(measured, run):
     """Return the cells after what a run does; facts are asked for where some are shared."""
-    runs = seeds_of(CLOSED, run)
+    runs = seeds_of(measured, run)
     facts = ["–"] * 2 if run.startswith("disagree") else [told(runs, name) for name in FACTS[:2]]
     return [told(runs, "mean.rougeL_after"), *facts, *(told(runs, name) for name in RETENTION)]
 
@@ -250,7 +251,8 @@ def asynchronous_cells(server):
 @pytest.mark.parametrize(
     ("start", "end", "measured", "cells_of"),
     [
-        ("## Gates that close", "## Flux beside", CLOSED, closed_cells),
+        ("## Gates that close", "## A gate that looks", CLOSED, partial(closed_cells, CLOSED)),
+        ("## A gate that looks", "## Flux beside", PROMPT, partial(closed_cells, PROMPT)),
         ("## Flux beside", "## Differential privacy", FLUX, flux_cells),
         ("## Differential privacy", "## Memorised", PRIVACY, privacy_cells),
         ("## Memorised", "## Asynchronous", EXTRACTION, extraction_cells),
