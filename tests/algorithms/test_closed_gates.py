@@ -79,6 +79,7 @@ def test_gates_alone_are_corrected_once_a_step_and_padding_does_not_count():
         torch.testing.assert_close(changed[9][name], changed[12][name])
 
 
+@pytest.mark.slow
 def test_private_gates_close_off_the_task_and_the_shared_one_is_left_alone(make_config, tmp_path, quiet):
     steps = ("training.num_local_steps=4", "training.lr=0.03")
     opened = {}

@@ -486,6 +486,7 @@ def test_a_role_of_another_model_is_refused():
         algorithm.client_update(make_client(parts), Kept(), wrong)
 
 
+@pytest.mark.slow
 def test_clients_with_little_memory_learn_and_their_roles_follow_utility(make_config, tmp_path, quiet):
     config = make_config(
         "flux",

@@ -55,6 +55,7 @@ def test_a_closed_gate_is_flux(make_config, tmp_path, quiet):
     assert both["mean"] == flux["mean"]
 
 
+@pytest.mark.slow
 def test_one_pass_in_the_first_turn_chooses_the_graft_and_judges_the_merge(make_config, tmp_path, quiet):
     run_experiment(make_config("graft_and_merge", *FEW), tmp_path / "run", progress=quiet)
     lines = read_lines(tmp_path / "run" / "clients.jsonl")

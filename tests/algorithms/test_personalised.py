@@ -215,6 +215,7 @@ def test_routing_is_counted_with_the_prompts_of_each_batch():
     assert not prompts._announced
 
 
+@pytest.mark.slow
 def test_a_plain_checkpoint_of_feddpa_needs_fixed_weights(run, tmp_path):
     settings = ("algorithm.variant=T", "algorithm.mix=0.3")
     by_instance, fixed = run("feddpa", *settings), run("feddpa", *settings, FIXED)

@@ -362,6 +362,7 @@ def test_what_is_advised_runs_within_its_memory(
         assert result["frozen_unchanged"], keys
 
 
+@pytest.mark.slow
 def test_an_experiment_is_planned_with_the_defaults_of_run(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
