@@ -8,7 +8,7 @@ from fedexperts.federation.personal import read_tensors
 from fedexperts.models.prompt_gate import NAMES
 from fedexperts.run_directory import read_json
 from fedexperts.running.experiment import run_experiment
-from fedexperts.running.export import opened_model
+from fedexperts.running.export import export_client, load_personalised, opened_model
 
 GATED = ("algorithm.prompt_gate=tinyworld", "algorithm.prompt_gate_examples=8")
 RECEIVED = "algorithm.own_model=received"
@@ -38,7 +38,7 @@ def prompts_of(folder, client):
 
 
 @pytest.mark.parametrize(("algorithm", "settings"), [("flex", (RECEIVED,)), ("local_graft", ())])
-def test_off_its_task_a_client_s_model_is_the_one_it_received(algorithm, settings, run):
+def test_off_its_task_a_client_s_model_is_the_one_it_received(algorithm, settings, run, tmp_path):
     plain = run("plain", algorithm, *settings)
     folder = run("gated", algorithm, *settings, *GATED)
     server = [read_json(one / "result.json")["server_state_sha256"] for one in (plain, folder)]
@@ -47,8 +47,12 @@ def test_off_its_task_a_client_s_model_is_the_one_it_received(algorithm, setting
     received = "server" if algorithm == "flex" else "base"
     assert torch.equal(logits(folder, "client-000", opened), logits(plain, "client-000", opened))
     assert not torch.equal(logits(folder, "client-000", closed), logits(plain, "client-000", closed))
-    if algorithm == "local_graft":
-        assert torch.equal(logits(folder, "client-000", closed), logits(folder, received, closed))
+    assert torch.equal(logits(folder, "client-000", closed), logits(folder, received, closed))
+    exported = load_personalised(export_client(folder, "client-000", tmp_path / "exported")).model.eval()
+    for prompt in (opened, closed):
+        with torch.no_grad():
+            said = exported(input_ids=torch.tensor([prompt])).logits
+        assert torch.equal(said, logits(folder, "client-000", prompt)), "an export closes as the run does"
 
 
 def test_the_gate_is_fitted_once_and_kept(run):

@@ -12,7 +12,7 @@ from fedexperts.running.workbench import open_workbench
 
 
 def hashes_of_states(run):
-    """What a run says of the server's state after each step."""
+    """Record of the server's state after each step."""
     return [line["server_state_sha256"] for line in read_lines(run / "rounds.jsonl")]
 
 

@@ -8,7 +8,7 @@ docs/algorithms/flex.md, which also lists the ablations that the settings make.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -95,6 +95,9 @@ class Flex(Algorithm):
     layers: tuple[int, ...] = ()
     """MoE layers that get a graft, counted from 0; empty takes all, as the paper does."""
 
+    keeps_lora: ClassVar[bool] = False
+    """Whether LoRA is the client's own, which the prompt gate then closes too."""
+
     def __post_init__(self) -> None:
         """Refuse numbers outside their range, and settings without effect."""
         refuse_unknown(self)
@@ -154,11 +157,6 @@ class Flex(Algorithm):
     # Names
 
     @property
-    def keeps_lora(self) -> bool:
-        """Whether LoRA is the client's own."""
-        return False
-
-    @property
     def changes_experts(self) -> bool:
         return self.experts or self.placement == "in_place"
 
@@ -188,8 +186,7 @@ class Flex(Algorithm):
 
     def personal_names(self, parts: ModelParts) -> tuple[str, ...]:
         """Return the parameters of private experts and gates, and of the prompt gate once it is there."""
-        is_there = prompt_gate.NAMES[0] in dict(parts.model.named_parameters())
-        return (*self.private_experts(parts), *(prompt_gate.NAMES if is_there else ()))
+        return (*self.private_experts(parts), *prompt_gate.names_of(parts.model))
 
     def private_experts(self, parts: ModelParts) -> tuple[str, ...]:
         """Return the parameters of private grafts and gates, or of experts adapted in place."""

@@ -16,15 +16,12 @@ class LocalGraft(Flex):
     """FLEx's graft and LoRA, trained alone; nothing travels."""
 
     uses_mean = False
+    keeps_lora = True
 
     def __post_init__(self) -> None:
         """Refuse what FLEx refuses, and what would be shared."""
         super().__post_init__()
         refuse_idle(self, ("shared_graft", "experts", "own_model"), "where nothing is sent")
-
-    @property
-    def keeps_lora(self) -> bool:
-        return True
 
     def shared_names(self, parts: ModelParts) -> tuple[str, ...]:
         """Return nothing."""

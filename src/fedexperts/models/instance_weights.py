@@ -8,12 +8,11 @@ mode both keep the fixed weights that they have.
 Shape suffixes: ``B`` instances, ``S`` stored instances, ``D`` hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -47,7 +46,6 @@ class InstanceWeights(PerPrompt):
         super().__init__()
         self.form = form
         self.references = nn.Parameter(torch.zeros(num_instances, size, device=device), requires_grad=False)
-        self._fixed: dict[int, dict[str, float]] = {}
 
     def numbers_of(self, model: Any, prompts: Sequence[Prompt]) -> Tensor:
         """Return the local adapter's weights."""
@@ -61,19 +59,10 @@ class InstanceWeights(PerPrompt):
             hidden, lengths_B = self.last_hidden(model, prompts)
         return hidden[torch.arange(len(prompts), device=hidden.device), lengths_B - 1].float()
 
-    # One module with LoRA
-
-    def weigh(self, layer: LoraLayer, args: tuple[Tensor, ...]) -> None:
-        """Give the adapters of one module each row's weights in place of the fixed ones."""
-        rows, form = self.for_rows(args[0]), self.form
-        if rows is None:
-            return
-        self._fixed[id(layer)] = dict(layer.scaling)
-        layer.scaling.update({form.averaged: (1 - rows) * form.scale, form.local: rows * form.scale})
-
-    def restore(self, layer: LoraLayer, *_: Any) -> None:
-        """Give one module its fixed weights back."""
-        layer.scaling.update(self._fixed.pop(id(layer), {}))
+    def factors(self, rows: Tensor, scaling: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return both adapters' factors: the averaged one has what the local one leaves of 1."""
+        form = self.form
+        return {form.averaged: (1 - rows) * form.scale, form.local: rows * form.scale}
 
 
 def add_instance_weights(model: Any, form: InstanceForm, num_instances: int) -> InstanceWeights:
@@ -82,20 +71,8 @@ def add_instance_weights(model: Any, form: InstanceForm, num_instances: int) -> 
     Inside a client's turn it is undone at the end.
     """
     embedding = model.get_input_embeddings().weight
-    weights = InstanceWeights(num_instances, hidden_size(model), form, embedding.device).train(model.training)
-    model.add_module(NAME, weights)
-    handles = [model.register_forward_pre_hook(weights.begin, with_kwargs=True)]
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            handles.append(module.register_forward_pre_hook(weights.weigh))
-            handles.append(module.register_forward_hook(weights.restore, always_call=True))
-
-    def undo() -> None:
-        for handle in handles:
-            handle.remove()
-        delattr(model, NAME)
-
-    push_undo(undo)
+    weights = InstanceWeights(num_instances, hidden_size(model), form, embedding.device)
+    push_undo(weights.attach(model, NAME, weighs_lora=True))
     return weights
 
 

@@ -7,7 +7,7 @@ grafts run as they are, else they are closed, for prompt and answer. In training
 Shape suffixes: ``N`` prompts, ``B`` rows, ``T`` tokens, ``D`` hidden.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,7 +32,7 @@ _AT_ONCE = 32
 
 @dataclass(frozen=True, kw_only=True)
 class PromptGateForm:
-    """Which parts it closes."""
+    """Parts of a model that it closes."""
 
     first_graft: int
     """First of each layer's grafts that it closes; a shared one may stand before."""
@@ -48,7 +48,6 @@ class PromptGate(PerPrompt):
         self.form = form
         self.vector = nn.Parameter(torch.zeros(size, device=device), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros((), device=device), requires_grad=False)
-        self._scaling: dict[int, dict[str, float]] = {}
 
     def numbers_of(self, model: Any, prompts: Sequence[Prompt]) -> Tensor:
         """Return which prompts open it."""
@@ -81,17 +80,9 @@ class PromptGate(PerPrompt):
         rows = self.for_rows(hidden_TD)
         return 1.0 if rows is None else rows.to(hidden_TD.dtype)
 
-    def weigh(self, layer: LoraLayer, args: tuple[Tensor, ...]) -> None:
-        """Close the adapters of one module in rows that are closed."""
-        rows = self.for_rows(args[0])
-        if rows is None:
-            return
-        self._scaling[id(layer)] = dict(layer.scaling)
-        layer.scaling.update({name: rows * scale for name, scale in layer.scaling.items()})
-
-    def restore(self, layer: LoraLayer, *_: Any) -> None:
-        """Give one module its factors back."""
-        layer.scaling.update(self._scaling.pop(id(layer), {}))
+    def factors(self, rows: Tensor, scaling: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return adapters' factors: the fixed ones, and 0 in rows that are closed."""
+        return {name: rows * scale for name, scale in scaling.items()}
 
 
 def separate(own_ND: Tensor, other_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,25 +124,23 @@ def add_prompt_gate(model: Any, layers: Sequence[MoeLayer], form: PromptGateForm
     Inside a client's turn it is undone at the end.
     """
     gate = PromptGate(hidden_size(model), form, model.get_input_embeddings().weight.device)
-    model.add_module(NAME, gate.train(model.training))
-    handles = [model.register_forward_pre_hook(gate.begin, with_kwargs=True)]
+    detach = gate.attach(model, NAME, weighs_lora=form.closes_lora)
     grafts = [graft for layer in layers for graft in grafts_of(layer)[form.first_graft :]]
     for graft in grafts:
         graft.opened = gate.opened
-    for module in model.modules() if form.closes_lora else ():
-        if isinstance(module, LoraLayer):
-            handles.append(module.register_forward_pre_hook(gate.weigh))
-            handles.append(module.register_forward_hook(gate.restore, always_call=True))
 
     def undo() -> None:
-        for handle in handles:
-            handle.remove()
         for graft in grafts:
             graft.opened = None
-        delattr(model, NAME)
+        detach()
 
     push_undo(undo)
     return gate
+
+
+def names_of(model: Any) -> tuple[str, ...]:
+    """Return the names of the gate's parameters; none where there is no gate."""
+    return NAMES if hasattr(model, NAME) else ()
 
 
 def notes_of(model: Any) -> dict[str, Any]:

@@ -6,11 +6,12 @@ Shape suffixes: ``B`` rows or prompts, ``T`` tokens, ``D`` hidden.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedexperts.errors import UserError
@@ -34,10 +35,7 @@ def prompts_are(prompts: Callable[[], Sequence[Prompt]]) -> Iterator[None]:
 
 
 class PerPrompt(nn.Module, ABC):
-    """A number for each row of the forward pass that runs; none in training mode, nor before the first pass.
-
-    :meth:`begin` is a forward pre-hook of the whole model, which has this module as a part.
-    """
+    """A number for each row of the forward pass that runs; none in training, nor before the first pass."""
 
     def __init__(self) -> None:
         """Know no prompt."""
@@ -45,12 +43,33 @@ class PerPrompt(nn.Module, ABC):
         self._known: dict[Prompt, Tensor] = {}
         self._known_for: list[Tensor] = []
         self._rows_B: Tensor | None = None
+        self._scaling: dict[int, dict[str, float]] = {}
 
     @abstractmethod
     def numbers_of(self, model: Any, prompts: Sequence[Prompt]) -> Tensor:
         """Return the number of each prompt, shape (B,), by parameters of this module."""
 
-    def begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @abstractmethod
+    def factors(self, rows: Tensor, scaling: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return the factors of a module's adapters by name, from each row's number and the fixed factors."""
+
+    def attach(self, model: Any, name: str, *, weighs_lora: bool) -> Callable[[], None]:
+        """Become a part of ``model`` that every forward pass asks; return what takes it out again."""
+        model.add_module(name, self.train(model.training))
+        handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        for module in model.modules() if weighs_lora else ():
+            if isinstance(module, LoraLayer):
+                handles.append(module.register_forward_pre_hook(self._weigh))
+                handles.append(module.register_forward_hook(self._restore, always_call=True))
+
+        def detach() -> None:
+            for handle in handles:
+                handle.remove()
+            delattr(model, name)
+
+        return detach
+
+    def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Give the rows of the forward pass that begins their numbers."""
         if model.training:
             return
@@ -80,6 +99,17 @@ class PerPrompt(nn.Module, ABC):
                 f"{tuple(hidden.shape)} is not of {len(self._rows_B)} instances with weights of their own"
             )
         return self._rows_B.repeat_interleave(rows_each).reshape(-1, *(1 for _ in hidden.shape[1:]))
+
+    def _weigh(self, layer: LoraLayer, args: tuple[Tensor, ...]) -> None:
+        """Give the adapters of one module each row's factors in place of the fixed ones."""
+        rows = self.for_rows(args[0])
+        if rows is not None:
+            self._scaling[id(layer)] = dict(layer.scaling)
+            layer.scaling.update(self.factors(rows, layer.scaling))
+
+    def _restore(self, layer: LoraLayer, *_: Any) -> None:
+        """Give one module its fixed factors back."""
+        layer.scaling.update(self._scaling.pop(id(layer), {}))
 
     @contextmanager
     def all_rows(self, number: float, num_rows: int) -> Iterator[None]:

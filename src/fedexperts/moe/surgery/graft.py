@@ -103,8 +103,9 @@ class GraftedExpert(nn.Module):
 
     def openness(self, hidden_TD: Tensor) -> Tensor:
         """Return the gate's value per token, shape (T, 1), in the dtype of ``hidden_TD``."""
-        gate_T1 = hidden_TD.new_ones(hidden_TD.shape[0], 1)
-        if self.form.gate == "sigmoid":
+        if self.form.gate == "none":
+            gate_T1 = hidden_TD.new_ones(hidden_TD.shape[0], 1)
+        else:
             score_T1 = hidden_TD.float() @ self.gate_weight.unsqueeze(-1) + self.gate_bias
             gate_T1 = torch.sigmoid(score_T1).to(hidden_TD.dtype)
         return gate_T1 if self.opened is None else gate_T1 * self.opened(hidden_TD)
