@@ -1,10 +1,12 @@
 """The tables of ``fedexperts check`` on a terminal."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
 
+from fedexperts.errors import UserError
 from fedexperts.running.checking import check_experiment
 
 
@@ -82,3 +84,21 @@ def test_clusters_of_inputs_are_shown_by_client(make_config):
     assert "Clusters of inputs" in shown_of(report)
     for own in report.as_json()["clients"].values():
         assert sum(own["clusters"].values()) == own["train"] + own["validation"] + own["test"]
+
+
+RECEIVED = "algorithm.own_model=received"
+
+
+@pytest.mark.parametrize(
+    ("key", "beside"),
+    [
+        ("algorithm.calibration_file", ("algorithm.calibration=other",)),
+        ("algorithm.off_task", ()),
+        ("algorithm.prompt_gate", (RECEIVED,)),
+        ("training.replay", ()),
+    ],
+)
+def test_public_texts_that_are_missing_are_told_before_anything_is_trained(make_config, key, beside):
+    config = make_config("flex", f"{key}=nowhere.jsonl", *beside)
+    with pytest.raises(UserError, match=rf'^{re.escape(key)}: missing file "nowhere.jsonl"$'):
+        check_experiment(config)

@@ -264,6 +264,14 @@ class Algorithm:
         from a checkpoint: no."""
         return False
 
+    @property
+    def public_texts(self) -> Mapping[str, tuple[str, int]]:
+        """Texts beside the clients' own that a turn reads, by field: where they are, and how many at most.
+
+        They are read before anything is trained, so that what is missing or damaged is told then.
+        """
+        return {}
+
     # Names
 
     def shared_names(self, parts: ModelParts) -> tuple[str, ...]:

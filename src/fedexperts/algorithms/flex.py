@@ -6,7 +6,7 @@ layer on the client's data (eq. 4), behind a sigmoid gate (eq. 2), and keeps it.
 docs/algorithms/flex.md, which also lists the ablations that the settings make.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -153,6 +153,17 @@ class Flex(Algorithm):
                 f'prompt_gate is "{self.prompt_gate}", which leaves the model that was received where it is '
                 'closed: own_model must be "received", not "trained"'
             )
+
+    @property
+    def public_texts(self) -> Mapping[str, tuple[str, int]]:
+        """Texts to choose by, to keep gates closed on, and to tell the task's prompts from."""
+        fields = (
+            ("calibration_file", self.calibration_examples),
+            ("off_task", self.off_task_examples),
+            ("prompt_gate", self.prompt_gate_examples),
+        )
+        named = {name: (getattr(self, name), largest) for name, largest in fields}
+        return {name: texts for name, texts in named.items() if texts[0]}
 
     # Names
 

@@ -24,6 +24,7 @@ from fedexperts.errors import UserError
 from fedexperts.evaluation.multiple_choice import load_exam
 from fedexperts.evaluation.own_metrics import refuse_unknown_metrics
 from fedexperts.evaluation.retention import RetentionProbe, load_probe
+from fedexperts.federation.calibration import first_texts
 from fedexperts.federation.client_processes import ClientProcesses, peak_of
 from fedexperts.federation.personal import PersonalStore
 from fedexperts.federation.runtime import ClientRuntime, RuntimeSettings, Watcher
@@ -139,6 +140,8 @@ def open_workbench(
         with stopwatch.phase("model"):
             parts, tokenizer = build_parts(config, on_disk=on_disk)
         format = PromptFormat(tokenizer, config.data.template, config.data.max_tokens)
+        if data.client_ids:
+            _read_public_texts(config, format)
         yield Workbench(
             config=config,
             parts=parts,
@@ -152,6 +155,15 @@ def open_workbench(
             memory_bytes=_memory_bytes(config, data.client_ids),
             devices=config.clock.devices(data.client_ids, config.seed) if config.clock else {},
         )
+
+
+def _read_public_texts(config: RunConfig, format: PromptFormat) -> None:
+    """Refuse texts that are missing or damaged now, and not in the first client's turn."""
+    named = {f"algorithm.{name}": texts for name, texts in config.algorithm.public_texts.items()}
+    if config.training.replay:
+        named["training.replay"] = (config.training.replay, config.training.replay_texts)
+    for key, (source, largest) in named.items():
+        first_texts(format, source, largest, key)
 
 
 @contextmanager
