@@ -28,7 +28,7 @@ from fedexperts.data.batches import Batch
 from fedexperts.errors import UserError, refuse_unknown
 from fedexperts.messages import Expected, Sent, Upload
 from fedexperts.models import prompt_gate
-from fedexperts.models.prompt_gate import PromptGateForm
+from fedexperts.models.prompt_gate import PromptGate, PromptGateForm
 from fedexperts.models.prompts import Prompt
 from fedexperts.moe.choosing.selection import Choice, Selection, choose_experts, draw_experts
 from fedexperts.moe.choosing.subsets import LARGEST
@@ -143,11 +143,6 @@ class Flex(Algorithm):
             refuse_idle(self, ("prompt_gate_examples",), "without prompt_gate")
         elif not self.num_grafts or self.placement == "in_place":
             raise UserError(f'prompt_gate is "{self.prompt_gate}", but there is no private graft to close')
-        elif self.experts:
-            raise UserError(
-                f'prompt_gate is "{self.prompt_gate}", and experts is true: prompts would look different '
-                "with every change of the experts"
-            )
         elif self.own_model == "trained" and not self.keeps_lora:
             raise UserError(
                 f'prompt_gate is "{self.prompt_gate}", which leaves the model that was received where it is '
@@ -307,24 +302,27 @@ class Flex(Algorithm):
         choice = self._choice(client, kept)
         self._add_experts(parts, choice, client.seed)
         if self.prompt_gate:
-            self._add_prompt_gate(client, is_new=not kept)
+            form = PromptGateForm(first_graft=int(self.shared_graft), closes_lora=self.keeps_lora)
+            prompt_gate.add_prompt_gate(parts.model, parts.layers, form)
         seam.load_tensors(parts.model, {**sent.tensors, **kept.parameters})
+        if self.prompt_gate and not kept:
+            self._fit_prompt_gate(client)
         own = seam.current(parts.model, self.personal_names(parts))
         return Kept(parameters=own, beside=self._beside(parts, choice), optimizer=kept.optimizer)
 
-    def _add_prompt_gate(self, client: Client, *, is_new: bool) -> None:
-        """Put a gate before the private grafts, and LoRA if the client keeps it; fit it if it is new."""
-        parts = client.parts
-        form = PromptGateForm(first_graft=int(self.shared_graft), closes_lora=self.keeps_lora)
-        gate = prompt_gate.add_prompt_gate(parts.model, parts.layers, form)
-        if is_new:
-            texts, largest = self.prompt_gate, self.prompt_gate_examples
-            others = client.calibration_batches(largest, texts=texts, key="algorithm.prompt_gate")
-            gate.fit(parts.model, _prompts(client.calibration_batches(largest)), _prompts(others))
+    def _fit_prompt_gate(self, client: Client) -> None:
+        """Fit the gate to the client's prompts, as the experts that are in place see them."""
+        texts, largest = self.prompt_gate, self.prompt_gate_examples
+        others = client.calibration_batches(largest, texts=texts, key="algorithm.prompt_gate")
+        gate: PromptGate = getattr(client.parts.model, prompt_gate.NAME)
+        gate.fit(client.parts.model, _prompts(client.calibration_batches(largest)), _prompts(others))
 
     def client_update(self, client: Client, kept: Kept, sent: Sent) -> tuple[Upload, Kept]:
         """Train what is shared and what is private together; send the one, keep the other."""
+        is_new = not kept
         kept = self.install(client, kept, sent)
+        if self.prompt_gate and self.experts and not is_new:
+            self._fit_prompt_gate(client)
         meter, watched = GateMeter(), self.grafted_layers(client.parts) if self.has_gates else ()
         closing = self._closing(client)
         with seam.watch_experts(watched, meter.observe):

@@ -1,8 +1,9 @@
 """Close what is a client's own for every prompt that does not look like the client's task.
 
-A prompt is represented by the mean over its tokens of the last layer's output of the model as it was
-pretrained: adapters and grafts are closed for it. A linear function of that, fitted once, decides: above 0
-grafts run as they are, else they are closed, for prompt and answer. In training mode they are always open.
+A prompt is represented by the mean over its tokens of the last layer's output, with adapters and grafts
+closed: as the pretrained model makes it, or one whose experts were received. A linear function of that
+decides: above 0 grafts run as they are, else they are closed, for prompt and answer. In training mode they
+are always open.
 
 Shape suffixes: ``N`` prompts, ``B`` rows, ``T`` tokens, ``D`` hidden.
 """
@@ -54,7 +55,7 @@ class PromptGate(PerPrompt):
         return (self.represent(model, prompts) @ self.vector + self.bias > 0).float()
 
     def represent(self, model: Any, prompts: Sequence[Prompt]) -> Tensor:
-        """Return what the pretrained model makes of prompts, float32 (N, D)."""
+        """Return what the model makes of prompts without adapters and grafts, float32 (N, D)."""
         found = []
         with _without_adapters(model):
             for start in range(0, len(prompts), _AT_ONCE):
