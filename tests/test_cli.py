@@ -300,6 +300,7 @@ def test_a_folder_that_no_system_makes_is_told(here, capsys):
     assert error_of(capsys, "run", "tiny.toml", "--to", "x" * 300).endswith("x: File name too long")
     told = error_of(capsys, "run", "tiny.toml", "--to", "/proc/fedexperts")
     assert told == "folder /proc/fedexperts cannot be made: No such file or directory"
+    assert error_of(capsys, "init", "/proc/x.toml") == "/proc/x.toml: No such file or directory"
 
 
 def test_a_file_that_may_not_grow_is_named(here):

@@ -40,6 +40,7 @@ _OF_THE_DISK = (
     errno.EISDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,
+    errno.ENOENT,  # also what /proc says of a new file
     errno.ENOTDIR,
     errno.EPERM,
     errno.EROFS,

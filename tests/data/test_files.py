@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 
@@ -79,7 +80,17 @@ def test_the_error_for_an_unknown_form_names_those_that_are_read(tmp_path):
     [
         ("a.csv", "instruction,response\na,b\nc\n", r"a\.csv:3: a row with another number of values"),
         ("a.csv", "instruction,response\na,b,c\n", r"a\.csv:2: a row with another number of values"),
-        ("a.csv", 'instruction,response\n"a,b\n', r"a\.csv.* cannot be read after a\.csv: unexpected end"),
+        ("a.csv", 'instruction,response\n"a,b\n', r"a\.csv.* cannot be read: unexpected end"),
+        (
+            "a.csv",
+            'instruction,response\nc,d\n"a,b\n',
+            r"a\.csv.* cannot be read after a\.csv:2: unexpected end",
+        ),
+        (
+            "a.csv",
+            "response,instruction,response\na,b,c\n",
+            r'a\.csv:1: the header has "response" more than once',
+        ),
         ("a.json", '[{"instruction": "a"}, 3]', r"a\.json:2: a JSON int"),
         ("a.json", "[{]", r"a\.json: unreadable JSON .* an array of objects is needed"),
     ],
@@ -89,3 +100,8 @@ def test_a_damaged_file_is_told_by_its_place(tmp_path, name, text, sentence):
     path.write_text(text)
     with pytest.raises(UserError, match=sentence):
         list(read_records(path))
+
+
+def test_what_is_no_file_is_told():
+    with pytest.raises(UserError, match='"/dev/null" is neither a file nor a folder'):
+        list(read_records(Path("/dev/null")))

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Final
@@ -34,6 +35,8 @@ def read_records(path: Path, *, key: str = "data.source") -> Iterator[Record]:
     if path.is_file():
         yield from _read_file(path, path.name, key)
         return
+    if path.exists() and not path.is_dir():
+        raise UserError(f'{key}: "{path}" is neither a file nor a folder.')
     for file in files_in(path, key=key):
         yield from _read_file(file, file.relative_to(path).as_posix(), key)
 
@@ -50,12 +53,13 @@ def _read_file(path: Path, name: str, key: str) -> Iterator[Record]:
     if not name.endswith(SUFFIXES):
         raise UserError(f'{key}: file "{path}" is of no known form; {FORMS}.')
     reader = _reader_of(name.removesuffix(".gz"))
-    where = name
+    read = ""
     try:
         for where, record in reader(path, name):
+            read = f" after {where}"
             yield where, record
     except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f'{key}: file "{path}" cannot be read after {where}: {error}.') from error
+        raise UserError(f'{key}: file "{path}" cannot be read{read}: {error}.') from error
 
 
 def _reader_of(name: str) -> Callable[[Path, str], Iterator[Record]]:
@@ -113,6 +117,9 @@ def _read_csv(path: Path, name: str) -> Iterator[Record]:
     delimiter = "\t" if ".tsv" in name[-7:] else ","
     with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as lines:
         rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        twice = [field for field, number in Counter(rows.fieldnames or ()).items() if number > 1]
+        if twice:
+            raise UserError(f'{name}:1: the header has "{twice[0]}" more than once.')
         for row in rows:
             where = f"{name}:{rows.line_num}"
             if None in row or None in row.values():

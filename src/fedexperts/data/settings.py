@@ -294,8 +294,8 @@ class DataSettings:
         divides = self.partition.kind not in ("natural", *OWN_DATA_KINDS)
         if divides and self.partition.num_clients == 0:
             raise UserError(
-                f'data.partition.num_clients is 0; a partition of kind "{self.partition.kind}" over '
-                f'"{self.source}" needs the number of clients.'
+                f'data.partition.num_clients is 0; a partition of kind "{self.partition.kind}" needs the '
+                "number of clients."
             )
 
 
