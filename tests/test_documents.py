@@ -143,6 +143,7 @@ GATE, GATE_START, GATE_STEPS = (
     json.loads((ROOT / f"experiments/{name}/results.json").read_text())
     for name in ("gate", "gate_start", "gate_steps")
 )
+MORE = json.loads((ROOT / "experiments/more_methods/results.json").read_text())
 PRIVACY = json.loads((ROOT / "experiments/privacy/results.json").read_text())
 
 
@@ -186,6 +187,14 @@ def closed_cells(measured, run):
     runs = seeds_of(measured, run)
     facts = ["–"] * 2 if run.startswith("disagree") else [told(runs, name) for name in FACTS[:2]]
     return [told(runs, "mean.rougeL_after"), *facts, *(told(runs, name) for name in RETENTION)]
+
+
+def more_cells(method):
+    """Return the cells after what travels."""
+    runs = seeds_of(MORE, method)
+    upload = statistics.mean(run["bytes.upload_per_client_round"] for run in runs)
+    names = ("mean.rougeL_after", *FACTS, *RETENTION[:2])
+    return [*(told(runs, name) for name in names), f"{upload / 1000:,.1f} kB"]
 
 
 def privacy_cells(variant):
@@ -251,6 +260,7 @@ def asynchronous_cells(server):
 @pytest.mark.parametrize(
     ("start", "end", "measured", "cells_of"),
     [
+        ("## The other methods", "## Gates that close", MORE, more_cells),
         ("## Gates that close", "## A gate that looks", CLOSED, partial(closed_cells, CLOSED)),
         ("## A gate that looks", "## Flux beside", PROMPT, partial(closed_cells, PROMPT)),
         ("## Flux beside", "## Differential privacy", FLUX, flux_cells),
