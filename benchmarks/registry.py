@@ -65,7 +65,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "server_memory": Benchmark(
         measure=server_memory.measure,
         tables=server_memory.tables,
-        quick={"repeats": 1, "numbers": (4,), "megabytes": 1.0},
+        quick={"repeats": 1, "numbers": (4,), "sizes": (1.0,)},
     ),
     "clock": Benchmark(
         measure=clock.measure,

@@ -151,17 +151,20 @@ def measure(
     model: str,  # noqa: ARG001
     *,
     numbers: Sequence[int] = (4, 16, 32),
-    megabytes: float = 20.0,
-    repeats: int = 3,
+    sizes: Sequence[float] = (20.0, 256.0),
+    repeats: int = 1,
 ) -> dict[str, Any]:
-    """Megabytes by rival and number of clients; each is a process of its own, and no model is loaded."""
+    """Megabytes by size of an upload, rival and number of clients; each in a process without a model."""
     peaks = {
-        rival: {
-            str(number): [_measured(rival, number, megabytes) for _ in range(repeats)] for number in numbers
+        f"{size:g}": {
+            rival: {
+                str(number): [_measured(rival, number, size) for _ in range(repeats)] for number in numbers
+            }
+            for rival in RIVALS
         }
-        for rival in RIVALS
+        for size in sizes
     }
-    return {"megabytes": megabytes, "repeats": repeats, "peaks": peaks}
+    return {"repeats": repeats, "peaks": peaks}
 
 
 def _measured(rival: str, number: int, megabytes: float) -> float:
@@ -171,17 +174,21 @@ def _measured(rival: str, number: int, megabytes: float) -> float:
 
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
-    """Return the table of the document."""
-    numbers = list(next(iter(figures["peaks"].values())))
+    """Return the tables of the document, one for each size of an upload."""
+    return [_table(size, by_rival, figures["repeats"]) for size, by_rival in figures["peaks"].items()]
+
+
+def _table(size: str, by_rival: Mapping[str, Mapping[str, Sequence[float]]], repeats: int) -> Table:
+    numbers = list(next(iter(by_rival.values())))
     rows = tuple(
         (RIVALS[rival], *(", ".join(f"{peak:,.0f}" for peak in found[number]) for number in numbers))
-        for rival, found in figures["peaks"].items()
+        for rival, found in by_rival.items()
     )
     title = (
-        f"Peak anonymous memory of the server's process in a round of uploads of {figures['megabytes']:g} MB "
-        f"each, above what it took before, MB, by run ({figures['repeats']})"
+        f"Peak anonymous memory of the server's process in a round of uploads of {size} MB each, above what "
+        f"it took before, MB, by run ({repeats})"
     )
-    return [Table(title=title, columns=("", *(f"{number} clients" for number in numbers)), rows=rows)]
+    return Table(title=title, columns=("", *(f"{number} clients" for number in numbers)), rows=rows)
 
 
 if __name__ == "__main__":
