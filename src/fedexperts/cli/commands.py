@@ -133,9 +133,17 @@ def compare(given: Namespace) -> int:
 
 
 def report(given: Namespace) -> int:
-    """Make report.html and REPORT.md anew from what runs have left."""
+    """Make report.html and REPORT.md anew from what runs have left; show a run under way round by round."""
     if given.any_code and given.publish is None:
         raise UserError("--any-code has no effect without --publish FOLDER")
+    from fedexperts.report import terminal_table
+    from fedexperts.report.so_far import rounds_so_far
+
+    so_far = None if given.publish or given.csv else rounds_so_far(given.directory)
+    if so_far is not None:
+        _stdout().print(terminal_table(so_far))
+        print(f"no report is written before {given.directory} has its result.json")
+        return OK
     _show_report(given.directory, against=given.against, has_samples=given.samples, csv=given.csv)
     if given.publish is not None:
         from fedexperts.report.publishing import publish_report
