@@ -68,6 +68,15 @@ def test_a_line_that_is_no_json_is_named_by_file_and_number(run_directory):
         read_run(run_directory)
 
 
+def test_bytes_that_are_no_text_are_named_by_file_and_number(run_directory):
+    for name in ("rounds.jsonl", "clients.jsonl"):
+        kept = (run_directory / name).read_bytes()
+        (run_directory / name).write_bytes(kept + b'{"round": "\xff"}\n')
+        with pytest.raises(UserError, match=rf"{name} line \d+ is not JSON"):
+            read_run(run_directory)
+        (run_directory / name).write_bytes(kept)
+
+
 def test_a_folder_that_is_neither_is_refused(tmp_path):
     with pytest.raises(UserError, match="neither a run directory"):
         read_suite(tmp_path)

@@ -17,7 +17,7 @@ from typing import Any
 from fedexperts.errors import UserError
 from fedexperts.report.quantities import mean_of, numbers_of
 from fedexperts.run_directory import SCHEMA_VERSION, RunDirectory, read_json
-from fedexperts.seals import read_perhaps_sealed
+from fedexperts.seals import check_log, read_perhaps_sealed
 
 TURN_TABLES = ("parts", "slots")
 """Tables of codes that an algorithm writes for each turn: a mean over clients would say nothing."""
@@ -169,9 +169,10 @@ def _read_equal(suite: Path) -> list[dict[str, Any]]:
 
 
 def read_run(directory: Path) -> Run:
-    """One run directory; UserError where its result is of another schema version or incomplete."""
+    """One run directory; UserError where its result is of another schema version, incomplete or damaged."""
     paths = RunDirectory(directory)
     result = _read_result(paths.result)
+    _refuse_changed_logs(paths)
     name = result.get("name")
     return Run(
         name=name if isinstance(name, str) and name else directory.resolve().name,
@@ -182,6 +183,14 @@ def read_run(directory: Path) -> Run:
         extraction=_read_extraction(paths.extraction),
         folder=directory,
     )
+
+
+def _refuse_changed_logs(paths: RunDirectory) -> None:
+    """Raise UserError if a log is not as the record of the run, or of a site, says; some have no record."""
+    for record in (paths.checkpoint, paths.site):
+        if record.is_file():
+            for name, seal in read_perhaps_sealed(record).get("logs", {}).items():
+                check_log(paths.path / name, seal)
 
 
 def _read_extraction(path: Path) -> dict[str, float]:
@@ -225,7 +234,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file; one that is cut or no object is the user's to know about."""
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
