@@ -44,6 +44,7 @@ ROWS = (
     ("tensors",),
     ("doctor",),
     ("integrity",),
+    ("site_seals",),
     ("client_folder", "releases"),
     ("seals",),
     (

@@ -9,17 +9,16 @@ from pathlib import Path
 from fedexperts.client_folder import RECORD, ClientFolder
 from fedexperts.errors import UserError
 from fedexperts.integrity import (
-    Check,
     advice,
     first_problem,
     has_clients,
-    is_at_site,
     problem_of_round,
     read_record,
     told,
 )
 from fedexperts.run_directory import RunDirectory
-from fedexperts.seals import read_sealed
+from fedexperts.seals import Check, read_sealed
+from fedexperts.site_seals import checks_of_site, is_at_site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,25 +38,16 @@ def examine(folder: Path) -> Diagnosis:
         UserError: the folder is neither.
     """
     run = RunDirectory(folder)
+    if is_at_site(run):
+        problems = tuple(dict.fromkeys(told(checks_of_site(run))))
+        return Diagnosis(problems=problems, to_do=_AT_SITE if problems else "")
     if not run.config.exists():
         return _examine_node(folder)
-    if is_at_site(run):
-        return _examine_site(run)
     made_last = list(told(_of_made_last(run)))
     older = list(_of_older_states(run))
     state = first_problem(run)
     problems = tuple(dict.fromkeys([*([state] if state else []), *made_last, *older]))
     return Diagnosis(problems=problems, to_do=_to_do(run, state, bool(made_last)) if problems else "")
-
-
-def _examine_site(run: RunDirectory) -> Diagnosis:
-    """Verify what a site keeps of a run."""
-    sealed = [path for path in (run.environment, run.base, run.result) if path.exists()]
-    folders = [ClientFolder(path.parent) for path in sorted(run.client_folders.glob(f"*/{RECORD}"))]
-    problems = tuple(
-        told([*(partial(read_sealed, path) for path in sealed), *(one.check_all for one in folders)])
-    )
-    return Diagnosis(problems=problems, to_do=_AT_NODE if problems else "")
 
 
 def _of_made_last(run: RunDirectory) -> Iterator[Check]:
@@ -111,4 +101,9 @@ def _examine_node(folder: Path) -> Diagnosis:
 _AT_NODE = (
     "put the files back from a copy, or go back with fedexperts rewind on the server: its last states have "
     "versions of their own here"
+)
+_AT_SITE = (
+    "put the files back from a copy; config.toml and received are written anew when the server next asks the "
+    "site, and of the last personal tensors there are older versions, which fedexperts rewind on the server "
+    "goes back to"
 )

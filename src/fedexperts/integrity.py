@@ -5,7 +5,7 @@ Imports no torch.
 
 import shlex
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,10 @@ from fedexperts.client_folder import ClientFolder
 from fedexperts.errors import UserError
 from fedexperts.releases import check_releases
 from fedexperts.run_directory import RunDirectory, write_atomically
-from fedexperts.seals import check_file, check_log, damaged, hash_of_file, read_sealed
+from fedexperts.seals import Check, check_file, check_log, damaged, hash_of_file, read_sealed
+from fedexperts.site_seals import is_at_site
 
 Record = dict[str, Any]
-Check = Callable[[], object]
-"""Raises UserError where a file is missing or not as it was written."""
 _KINDS = {"round": int, "files": dict, "logs": dict, "kept_rounds": dict}
 
 
@@ -68,12 +67,6 @@ def _checks(run: RunDirectory, record: Record) -> Iterator[Check]:
 def has_clients(run: RunDirectory) -> bool:
     """Return whether the clients' folders are in the run's: not if they are on the nodes of a deployment."""
     return is_at_site(run) or not _settings(run).get("transport", {}).get("connection", "")
-
-
-def is_at_site(run: RunDirectory) -> bool:
-    """Return whether the folder is a site's own, which has no server's state and nothing to resume."""
-    kind = _settings(run).get("data", {}).get("partition", {}).get("kind", "")
-    return kind == "site" and not (run.checkpoint.exists() or run.state.exists() or run.flower_token.exists())
 
 
 def _settings(run: RunDirectory) -> dict[str, Any]:

@@ -8,6 +8,7 @@
 ``clients.jsonl``         one line for each client and round
 ``releases.json``         with ``[privacy]``: how often each client was asked, never set back
 ``checkpoint.json``       the last round that counts; written last, so that it is the moment of commit
+``site.json``             at a site, in place of ``checkpoint.json``: what it keeps, with hashes
 ``state/``                the server's tensors of the last rounds, and copies of their ``checkpoint.json``
 ``clients/<id>/``         what one client keeps: personal tensors by round, adapted tensors, predictions;
                           at a site also ``received``, the message with the tensors that the server sent last
@@ -215,6 +216,7 @@ class RunDirectory:
         self.rounds = path / "rounds.jsonl"
         self.clients = path / "clients.jsonl"
         self.checkpoint = path / "checkpoint.json"
+        self.site = path / "site.json"
         self.releases = path / "releases.json"
         self.result = path / "result.json"
         self.extraction = path / "extraction.json"

@@ -4,12 +4,17 @@ Imports no torch.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fedexperts.errors import UserError
-from fedexperts.run_directory import SEAL, as_json, read_json, write_json
+from fedexperts.run_directory import SEAL, as_json, read_json, write_atomically, write_json
+
+Check = Callable[[], object]
+"""Raises UserError where a file is missing or not as it was written."""
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def hash_of(content: bytes) -> str:
@@ -53,6 +58,32 @@ def read_perhaps_sealed(path: Path) -> dict[str, Any]:
     return value
 
 
+def write_sealed_bytes(path: Path, content: bytes, *, is_private: bool = False) -> None:
+    """Write ``content`` atomically, and its hash behind it."""
+
+    def write(to: Path) -> None:
+        with to.open("wb") as file:
+            file.write(content)
+            file.write(hashlib.sha256(content).digest())
+
+    write_atomically(path, write, is_private=is_private)
+
+
+def read_sealed_bytes(path: Path) -> bytes:
+    """Return what :func:`write_sealed_bytes` wrote to ``path``.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    with path.open("rb") as file:
+        content = file.read(max(0, path.stat().st_size - _DIGEST_BYTES))
+        if file.read() != hashlib.sha256(content).digest():
+            raise damaged(path)
+    return content
+
+
 def damaged(path: Path) -> UserError:
     """Return the error of a file that is not as it was written."""
     return UserError(f"{path} is damaged: its SHA-256 is not the one it was written with")
@@ -64,6 +95,11 @@ def check_file(path: Path, sha256: str) -> None:
         raise UserError(f"{path} is missing")
     if hash_of_file(path) != sha256:
         raise damaged(path)
+
+
+def seal_of_log(content: bytes) -> dict[str, Any]:
+    """Return number and hash of the bytes of a log."""
+    return {"num_bytes": len(content), SEAL: hash_of(content)}
 
 
 def check_log(path: Path, seal: Mapping[str, Any]) -> None:

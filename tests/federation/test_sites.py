@@ -1,5 +1,6 @@
 """Sites with data of their own, over a Grid in memory: the bits of a trial on files, and little told."""
 
+import itertools
 import json
 import os
 import shutil
@@ -23,7 +24,9 @@ from fedexperts.federation.site_settings import SiteSettings
 from fedexperts.federation.wire import pack, unpack
 from fedexperts.messages import Download, Upload, decode_upload, encode_download, encode_upload
 from fedexperts.run_directory import RunDirectory, read_json, read_lines
+from fedexperts.running import site_record
 from fedexperts.running.experiment import run_experiment
+from fedexperts.running.site_record import SiteRecord
 
 NAMES = ("alder", "birch", "cedar")
 SIZES = {"alder": 24, "birch": 16, "cedar": 20}
@@ -183,12 +186,207 @@ def test_doctor_verifies_what_a_site_keeps(told, tmp_path, capsys):
     assert f"wrong: {damaged} is damaged" in capsys.readouterr().out
 
 
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def shorten(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def delete(path):
+    path.unlink()
+
+
+AT_A_SITE = (
+    "base.json",
+    "clients.jsonl",
+    "clients/alder/kept.json",
+    "clients/alder/personal-round-00001.safetensors",
+    "clients/alder/received",
+    "config.toml",
+    "environment.json",
+    "result.json",
+    "rounds.jsonl",
+    "site.json",
+)
+
+
+@pytest.mark.parametrize("change", [flip, shorten, empty, delete])
+@pytest.mark.parametrize("name", AT_A_SITE)
+def test_doctor_names_whatever_is_wrong_at_a_site(name, change, told, tmp_path, capsys):
+    run = shutil.copytree(at_home(told, "alder"), tmp_path / "alder")
+    change(run / name)
+    assert main(["doctor", str(run)]) == 1
+    told_wrong = capsys.readouterr().out
+    assert f"wrong: {run / name} " in told_wrong
+    assert "\nto do: put the files back from a copy" in told_wrong
+
+
+@pytest.mark.parametrize("change", [flip, shorten, empty, delete])
+@pytest.mark.parametrize("what", [("--model", "server"), ("--when", "before")])
+def test_no_model_is_made_of_a_damaged_message(change, what, told, tmp_path, capsys):
+    run = shutil.copytree(at_home(told, "alder"), tmp_path / "alder")
+    change(run / "clients/alder/received")
+    assert main(["export", str(run), *what, "--to", str(tmp_path / "out")]) == 2
+    assert str(run / "clients/alder/received") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_a_site_without_seals_is_told_as_such(told, tmp_path, capsys):
+    run = shutil.copytree(at_home(told, "alder"), tmp_path / "alder")
+    delete(run / "site.json")
+    for command in ("doctor", "export"):
+        more = ["--to", str(tmp_path / "out")] if command == "export" else []
+        assert main([command, str(run), *more]) == (1 if command == "doctor" else 2)
+        shown = "".join(capsys.readouterr())
+        assert (
+            f"{run / 'site.json'} is missing: it was lost, or an earlier version has begun the run" in shown
+        )
+
+
+def test_the_report_of_a_site_is_not_made_of_damaged_logs(told, tmp_path, capsys):
+    run = shutil.copytree(at_home(told, "alder"), tmp_path / "alder")
+    delete(run / "clients.jsonl")
+    assert main(["report", str(run)]) == 2
+    assert f"{run / 'clients.jsonl'} is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("run", "--resume"), ("rewind", "--to-round", "1"), ("server", "--resume")],
+    ids=lambda command: command[0],
+)
+def test_a_run_is_gone_on_with_at_its_server_alone(command, told, tmp_path, capsys):
+    run = shutil.copytree(at_home(told, "alder"), tmp_path / "alder")
+    options = ["--keys", str(tmp_path), "--listen", "127.0.0.1:1"] if command[0] == "server" else []
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    first, *rest = command
+    arguments = [first, *rest, str(run)] if "--resume" in rest else [first, str(run), *rest]
+    assert main([*arguments, *options]) == 2
+    what = "rewind" if first == "rewind" else "resume"
+    assert (
+        f"cannot {what} {run}: it is a site's folder; {what} the run at its server" in capsys.readouterr().err
+    )
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_a_site_forgets_where_its_client_is(told, tmp_path, capsys):
     run = shutil.copytree(at_home(told, "alder"), tmp_path / "alder")
     assert main(["forget", str(run), "--all"]) == 0
     assert "on their own machines" not in capsys.readouterr().out
     assert list((run / "clients").iterdir()) == []
     assert main(["doctor", str(run)]) == 0
+
+
+def test_a_site_forgets_nothing_that_would_hide_damage(told, tmp_path, capsys):
+    run = shutil.copytree(at_home(told, "alder"), tmp_path / "alder")
+    shorten(run / "clients.jsonl")
+    assert main(["forget", str(run), "--all"]) == 2
+    assert f"{run / 'clients.jsonl'} is damaged" in capsys.readouterr().err
+    assert (run / "clients/alder/received").exists()
+
+
+@pytest.fixture
+def turns(make_config, tmp_path):
+    """Return the site alder, and what asks it for each turn of a run of two rounds, the second twice."""
+    config = site_config(make_config, "fedavg", "rounds=2")
+    start_sites(config, tmp_path, [])
+    shared = {"config_sha256": config_sha256(config)}
+    asked = [
+        Download(round_number=number, task=task, **shared)
+        for number, task in (
+            (1, "evaluate_base"),
+            (1, "train"),
+            (2, "train"),
+            (2, "train"),
+            (3, "evaluate_fully"),
+        )
+    ]
+    run_config = {"experiment": resolved_toml(config), "run-directory": "server", "run-token": "0" * 8}
+    return asked, (str(tmp_path / "alder.toml"), run_config), tmp_path / "home-alder/runs/server-00000000"
+
+
+def test_nobody_else_changes_the_folder_of_a_site_before_its_run_ends(turns, tmp_path, capsys):
+    asked, site, run = turns
+    for download in asked:
+        assert flower_site.answer_as_site(encode_download(download), *site).failure == ""
+        if download.task != "evaluate_fully":
+            assert main(["forget", str(run), "--all"]) == 2
+            assert f"run directory {run} is in use by another process" in capsys.readouterr().err
+            assert main(["generate", str(run), "Who?", "--model", "server"]) == 0
+    assert main(["forget", str(run), "--all"]) == 0
+    assert main(["doctor", str(run)]) == 0
+    upload = flower_site.answer_as_site(encode_download(asked[2]), *site)
+    assert upload.failure == flower_site.UNTOLD, "a forgotten client is not gone on with"
+    capsys.readouterr()
+
+
+def test_a_worker_does_not_share_its_folder_with_another(turns, monkeypatch):
+    asked, site, run = turns
+    monkeypatch.setattr(site_record, "LOCK_SECONDS", 0.0)
+    run.mkdir(parents=True)
+    with RunDirectory(run).lock():
+        assert flower_site.answer_as_site(encode_download(asked[0]), *site).failure == flower_site.UNTOLD
+    assert flower_site.answer_as_site(encode_download(asked[0]), *site).failure == ""
+
+
+class _Killed(BaseException):
+    pass
+
+
+def killed_at(patch, place):
+    """Raise at the ``place``-th time that something is about to be made to last."""
+    sync, places = os.fsync, itertools.count()
+
+    def dies(descriptor):
+        if next(places) == place:
+            raise _Killed
+        sync(descriptor)
+
+    patch.setattr(os, "fsync", dies)
+
+
+def taken(record, download, upload):
+    """Let a new process of the site take a turn, in which ``upload`` is made; return whether it lived."""
+    try:
+        record.hold()
+        record.received(download, encode_download(download))
+        record.add(download, upload, 7)
+    except _Killed:
+        return False
+    finally:
+        record._held.close()
+    return True
+
+
+def test_a_site_that_is_killed_anywhere_in_a_turn_is_whole_and_goes_on(turns, capsys):
+    """Every write is made to last before and after it gets its name: the site is killed before each."""
+    asked, (site_file, run_config), run = turns
+    site = flower_site._site(run_config["experiment"], site_file, run.name)
+    for download in asked:
+        upload = site.scorer.runtime.handle("alder", download)
+        assert upload.failure == ""
+        for place in itertools.count():
+            record = SiteRecord(RunDirectory(run), site.record._config, "alder", site.scorer)
+            with pytest.MonkeyPatch.context() as patch:
+                killed_at(patch, place)
+                is_done = taken(record, download, upload)
+            if (run / "config.toml").exists():
+                assert main(["doctor", str(run)]) == 0, capsys.readouterr().out
+            if is_done:
+                break
+        assert place > 5
+    assert [line["round"] for line in read_lines(run / "clients.jsonl")] == [1, 2]
+    assert [line["round"] for line in read_lines(run / "rounds.jsonl")] == [1, 2]
+    assert read_json(run / "result.json")["clients"].keys() == {"alder"}
+    capsys.readouterr()
 
 
 def test_what_a_site_keeps_is_for_its_owner_alone(told):

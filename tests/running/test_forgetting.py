@@ -1,6 +1,9 @@
 """A client that is to be forgotten leaves nothing of its own in the run, which still can be read."""
 
+import itertools
+import os
 import shutil
+from contextlib import suppress
 
 import pytest
 
@@ -79,6 +82,59 @@ def test_forgetting_that_was_killed_is_done_again(whole):
     assert examine(whole).problems
     forget(whole, GONE)
     assert examine(whole).problems == ()
+
+
+def content_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
+
+
+@pytest.mark.parametrize("name", ["clients.jsonl", "rounds.jsonl", "base.json", "result.json"])
+def test_nothing_is_forgotten_where_damage_would_get_a_new_hash(name, whole, capsys):
+    (whole / name).write_bytes((whole / name).read_bytes()[:-20])
+    before = content_of(whole)
+    assert cli.main(["forget", str(whole), "--all"]) == cli.MISTAKE
+    assert str(whole / name) in capsys.readouterr().err
+    assert content_of(whole) == before
+
+
+class _Killed(BaseException):
+    pass
+
+
+def killed_at(patch, place):
+    """Raise at the ``place``-th time that something is about to be made to last."""
+    sync, places = os.fsync, iter(range(place + 1))
+
+    def dies(descriptor):
+        if next(places) == place:
+            raise _Killed
+        sync(descriptor)
+
+    patch.setattr(os, "fsync", dies)
+
+
+def test_forgetting_that_was_killed_anywhere_is_done_again(runs, tmp_path):
+    expected = forgotten(runs, tmp_path / "whole")
+    for place in itertools.count():
+        run = shutil.copytree(runs / "whole", tmp_path / f"{place}")
+        with pytest.MonkeyPatch.context() as patch, suppress(_Killed):
+            killed_at(patch, place)
+            forget(run, GONE)
+            break
+        forget(run, GONE)
+        assert examine(run).problems == ()
+        assert relative(run) == expected
+    assert place > 8
+
+
+def forgotten(runs, folder):
+    run = shutil.copytree(runs / "whole", folder)
+    forget(run, GONE)
+    return relative(run)
+
+
+def relative(run):
+    return {str(path.relative_to(run)): content for path, content in content_of(run).items()}
 
 
 def test_all_clients_are_forgotten_and_the_report_says_so(whole):

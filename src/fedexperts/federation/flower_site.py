@@ -82,6 +82,7 @@ def _answer(blob: bytes, site_file: str, run_config: Mapping[str, Any]) -> Uploa
     if download.config_sha256 != config_sha256(config):
         raise _Refusal("was started from another configuration than the server's")
     site = _site(str(run_config["experiment"]), site_file, _run_name(run_config))
+    site.record.hold()
     name = site.settings.name
     if download.task == IDENTIFY:
         return Upload(report=site.settings.facts(site.bench.data.num_examples(name, "train")))

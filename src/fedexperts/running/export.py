@@ -31,14 +31,16 @@ from fedexperts.federation.snapshot import (
     snapshot_of,
     take_snapshot,
 )
-from fedexperts.messages import Sent, decode_download
+from fedexperts.messages import Download, Sent, decode_download
 from fedexperts.models.adapters import AdapterSettings, add_lora, load_adapter, remove_lora, save_adapter
 from fedexperts.models.held_experts import make_dense
 from fedexperts.models.load import ModelSettings, load_model
 from fedexperts.moe.surgery import seam
 from fedexperts.moe.surgery.undo import undone
-from fedexperts.run_directory import RECEIVED, RunDirectory, read_json, refuse_used, write_json
+from fedexperts.run_directory import RunDirectory, read_json, refuse_used, write_json
 from fedexperts.running.workbench import Workbench, open_workbench, personal_store
+from fedexperts.seals import read_sealed_bytes
+from fedexperts.site_seals import check_config, is_at_site, read_site_record
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ class PersonalisedModel:
 def _config_of(run: RunDirectory) -> RunConfig:
     if not run.config.exists():
         raise UserError(f"{run.path} holds no run (no config.toml)")
+    if is_at_site(run):
+        check_config(run, read_site_record(run))
     return load_config(run.config)
 
 
@@ -104,18 +108,23 @@ def _state_of(run: RunDirectory) -> Checkpoint:
 
 def _shared_model(run: RunDirectory, bench: Workbench) -> Sent:
     """Return what the server's model is made of; at a site, as the site has last received it."""
-    at_site = next(iter(run.client_folders.glob(f"*/{RECEIVED}")), None)
-    if at_site is None:
+    if not is_at_site(run):
         return bench.algorithm.server_model(_state_of(run).state)
-    download = decode_download(at_site.read_bytes())
-    kept = personal_store(run.path).load(at_site.parent.name, download.kept_round)
+    client_id = read_site_record(run)["client"]
+    download = _received(run, client_id)
+    kept = personal_store(run.path).load(client_id, download.kept_round)
     return bench.algorithm.server_view(kept, download.sent)
+
+
+def _received(run: RunDirectory, client_id: str) -> Download:
+    """Return the server's last message to a site."""
+    return decode_download(read_sealed_bytes(run.received(client_id)))
 
 
 def _sent_and_kept_round(run: RunDirectory, bench: Workbench, client_id: str) -> tuple[Sent, int]:
     """Return what the server would send (at a site: has sent last) and the round that is gone on from."""
-    if run.received(client_id).exists():
-        download = decode_download(run.received(client_id).read_bytes())
+    if is_at_site(run):
+        download = _received(run, client_id)
         return download.sent, download.kept_round
     reached = _state_of(run)
     kept_round = reached.kept_rounds.get(client_id, 0)

@@ -9,9 +9,10 @@ from typing import Any
 from fedexperts.client_folder import RECORD
 from fedexperts.errors import UserError
 from fedexperts.integrity import drop_states, has_clients, read_record
-from fedexperts.run_directory import RunDirectory, read_lines, write_atomically
+from fedexperts.run_directory import RunDirectory, write_atomically
 from fedexperts.running.client_names import client_names, resolve_client
-from fedexperts.seals import read_sealed, write_sealed
+from fedexperts.seals import check_log, damaged, read_sealed, seal_of_log, write_sealed
+from fedexperts.site_seals import is_at_site, read_site_record, write_site_record
 
 Json = dict[str, Any]
 
@@ -69,8 +70,16 @@ def _remove(folder: Path) -> str:
 
 def _clients_of(run: RunDirectory) -> list[str]:
     """Return the ids of all clients that the run knows of and has not forgotten."""
-    known = read_record(run.checkpoint)["clients"] if run.checkpoint.exists() else []
-    return sorted({*client_names(run.path), *(facts["client_id"] for facts in known)})
+    record = _record_of(run)
+    known = [record["client"]] if is_at_site(run) else [one["client_id"] for one in record.get("clients", [])]
+    return sorted({*client_names(run.path), *known})
+
+
+def _record_of(run: RunDirectory) -> Json:
+    """Return the record with the seals of the logs, of the server or of a site; empty before the first."""
+    if is_at_site(run):
+        return read_site_record(run)
+    return read_record(run.checkpoint) if run.checkpoint.exists() else {}
 
 
 def _resolve(run: RunDirectory, client: str) -> str:
@@ -78,24 +87,30 @@ def _resolve(run: RunDirectory, client: str) -> str:
 
 
 def _forget_in_run(run: RunDirectory, clients: Collection[str]) -> Iterator[str]:
-    """Remove clients; after a crash it can be done again, for the checkpoint with the seals comes last."""
+    """Remove clients; after a crash it can be done again, for the new seals are written first.
+
+    Raises:
+        UserError: a file that would get a new hash is damaged; nothing is removed.
+    """
+    base, result = (read_sealed(path) if path.exists() else {} for path in (run.base, run.result))
+    record = _record_of(run)
+    forgotten = {*record.get("forgotten", ()), *clients}
+    lines = _without_figures(run, _sealed_lines(run, record), forgotten)
+    num_lines = sum(json.loads(line)["client"] in clients for line in lines.splitlines())
+    if record:
+        _seal(run, record, forgotten, lines)
     for client_id in clients:
         if (run.client_folders / client_id).is_dir():
             yield _remove(run.client_folders / client_id)
-    if run.base.exists():
-        base = read_sealed(run.base)
+    if base:
         write_sealed(run.base, base | {"clients": _without(base["clients"], clients)})
-    if run.result.exists():
-        write_sealed(run.result, _result_without(read_sealed(run.result), clients))
+    if result:
+        write_sealed(run.result, _result_without(result, clients))
         yield f"removed from {run.result} and {run.base.name}: scores, names and labels of {_list(clients)}"
-    lines = read_lines(run.clients)
-    num_lines = sum(line["client"] in clients for line in lines)
+    if run.clients.exists():
+        write_atomically(run.clients, lines)
     if num_lines:
-        kept = [_bytes_alone(line) if line["client"] in clients else line for line in lines]
-        write_atomically(run.clients, "".join(json.dumps(line) + "\n" for line in kept).encode())
         yield f"removed from {run.clients}: all but bytes in {num_lines} lines of {_list(clients)}"
-    if run.checkpoint.exists():
-        _seal(run, clients)
     if not has_clients(run):
         yield "what the clients keep is on their own machines: fedexperts forget removes it there"
 
@@ -128,16 +143,61 @@ def _matrix_without(matrix: Json | None, clients: Collection[str]) -> Json | Non
     return {"clients": [matrix["clients"][place] for place in stay], **cells}
 
 
+def _sealed_lines(run: RunDirectory, record: Json) -> bytes:
+    """Return the lines of clients.jsonl that count; all of them where nothing has a seal yet.
+
+    Raises:
+        UserError: a log is not as it was written, nor as forgetting that was killed has left it.
+    """
+    content = run.clients.read_bytes() if run.clients.exists() else b""
+    content = content[: content.rfind(b"\n") + 1]
+    if not record:
+        return content
+    seals = {path.name: record["logs"].get(path.name, seal_of_log(b"")) for path in run.log_hashes}
+    check_log(run.rounds, seals[run.rounds.name])
+    seal = seals[run.clients.name]
+    try:
+        check_log(run.clients, seal)
+    except UserError:
+        content = _without_figures(run, content, record.get("forgotten", ()))
+        if seal_of_log(content[: seal["num_bytes"]]) != seal:
+            raise
+    return content[: seal["num_bytes"]]
+
+
+def _without_figures(run: RunDirectory, lines: bytes, clients: Collection[str]) -> bytes:
+    """Return lines of clients.jsonl with nothing but bytes in those of ``clients``."""
+    try:
+        read = [json.loads(line) for line in lines.splitlines()]
+        kept = [_bytes_alone(line) if line["client"] in clients else line for line in read]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise damaged(run.clients) from None
+    return "".join(json.dumps(line) + "\n" for line in kept).encode()
+
+
 def _bytes_alone(line: Json) -> Json:
     return {name: line[name] for name in _LEDGER} | {"forgotten": True}
 
 
-def _seal(run: RunDirectory, clients: Collection[str]) -> None:
-    """Write the checkpoint with the new hashes, and delete the states before it, which need what is gone.
+def _seal(run: RunDirectory, record: Json, forgotten: Collection[str], lines: bytes) -> None:
+    """Write the record with the new hashes, before anything is removed."""
+    changed = record | {
+        "logs": record["logs"] | {run.clients.name: seal_of_log(lines)},
+        "forgotten": sorted(forgotten),
+    }
+    if is_at_site(run):
+        folders = tuple(f"{run.client_folders.name}/{client_id}/" for client_id in forgotten)
+        left = [name for name in record["present"] if not name.startswith(folders)]
+        write_site_record(run, changed | {"present": left})
+    else:
+        _seal_at_server(run, changed, forgotten)
+
+
+def _seal_at_server(run: RunDirectory, record: Json, clients: Collection[str]) -> None:
+    """Write the checkpoint, and delete the states before it, which need what is gone.
 
     Uploads that are under way, and what they began from, go too: the run is not gone on with.
     """
-    record = read_record(run.checkpoint)
     last_state = {f"{run.state.name}/{record[part]}" for part in ("state", "beside")}
     facts = [
         own | {"num_train": 0, "memory_bytes": 0} if own["client_id"] in clients else own
@@ -146,11 +206,9 @@ def _seal(run: RunDirectory, clients: Collection[str]) -> None:
     changed = record | {
         "clients": facts,
         "kept_rounds": _without(record["kept_rounds"], clients),
-        "logs": {path.name: growing.seal() for path, growing in run.log_hashes.items()},
         "files": {
             name: seal for name, seal in record["files"].items() if name in last_state or "/" not in name
         },
-        "forgotten": sorted({*record.get("forgotten", []), *clients}),
     }
     changed.pop("under_way", None)
     write_sealed(run.state_record(record["round"]), changed)
