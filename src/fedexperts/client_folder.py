@@ -4,13 +4,14 @@ Everything in the folder is the owner's alone to read. ``kept.json`` has the SHA
 version that is lost or damaged is never taken for one that never was.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from fedexperts.errors import UserError
 from fedexperts.run_directory import Content, make_private, write_atomically
-from fedexperts.seals import check_file, damaged, hash_of, hash_of_file, read_sealed, write_sealed
+from fedexperts.seals import Check, check_file, damaged, hash_of, hash_of_file, read_sealed, write_sealed
 
 RECORD = "kept.json"
 _PERSONAL = "personal-round-{:05d}.safetensors"
@@ -118,6 +119,13 @@ class ClientFolder:
         kept = self._kept()
         for name in kept.files.keys() - set(kept.versions.values()):
             check_file(self.path / name, kept.files[name])
+
+    def check_versions(self, last_round: int) -> Iterator[Check]:
+        """Yield the checks of the versions that rounds until ``last_round`` made."""
+        kept = self._kept()
+        for made_in, name in kept.versions.items():
+            if made_in <= last_round:
+                yield partial(check_file, self.path / name, kept.files[name])
 
     def check_all(self) -> None:
         """Raise UserError unless all files are there, as they were written."""

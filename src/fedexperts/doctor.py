@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from fedexperts.integrity import (
     advice,
     first_problem,
     has_clients,
+    lost_records,
     problem_of_round,
     read_record,
     told,
@@ -44,24 +46,33 @@ def examine(folder: Path) -> Diagnosis:
     if not run.config.exists():
         return _examine_node(folder)
     made_last = list(told(_of_made_last(run)))
-    older = list(_of_older_states(run))
-    state = first_problem(run)
-    problems = tuple(dict.fromkeys([*([state] if state else []), *made_last, *older]))
+    reached, state = _reached(run), first_problem(run)
+    older = [*_of_older_states(run, reached), *lost_records(run, reached)]
+    known = [*([state] if state else []), *made_last, *older]
+    versions = [one for one in told(_of_versions(run, reached)) if not any(one in more for more in known)]
+    problems = tuple(dict.fromkeys([*known, *versions]))
     return Diagnosis(problems=problems, to_do=_to_do(run, state, bool(made_last)) if problems else "")
 
 
 def _of_made_last(run: RunDirectory) -> Iterator[Check]:
     """Checks of the files that a resumed run makes anew."""
     for path in (run.environment, run.result):
-        if path.exists():
+        if path.exists() or (path == run.environment and run.checkpoint.exists()):
             yield partial(read_sealed, path)
     if has_clients(run):
         for path in sorted(run.client_folders.glob(f"*/{RECORD}")):
             yield ClientFolder(path.parent).check_made_last
 
 
-def _of_older_states(run: RunDirectory) -> Iterator[str]:
-    reached = _reached(run)
+def _of_versions(run: RunDirectory, reached: int) -> Iterator[Check]:
+    """Checks of clients' tensors, also where no state that is kept needs them any more."""
+    if has_clients(run):
+        for path in sorted(run.client_folders.glob(f"*/{RECORD}")):
+            with suppress(UserError):  # a damaged record is told already
+                yield from ClientFolder(path.parent).check_versions(reached)
+
+
+def _of_older_states(run: RunDirectory, reached: int) -> Iterator[str]:
     for number in run.kept_rounds():
         problem = problem_of_round(run, number) if number < reached else next(_of_copy(run, number), "")
         if problem and number <= reached:
@@ -84,7 +95,7 @@ def _to_do(run: RunDirectory, state: str, is_made_last: bool) -> str:
     if state:
         return advice(run)
     if not is_made_last:
-        return "nothing: the run can be resumed and reported; only the way back to that round is lost"
+        return "nothing: the run can be resumed and reported; only the way back to earlier rounds is lost"
     where = shlex.quote(str(run.path))
     remove = f"delete {shlex.quote(str(run.result))}, then " if run.result.exists() else ""
     return f"{remove}make these files anew, the same bit for bit, with: fedexperts run --resume {where}"

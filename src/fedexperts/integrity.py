@@ -123,6 +123,15 @@ def advice(run: RunDirectory) -> str:
     )
 
 
+def lost_records(run: RunDirectory, reached: int) -> Iterator[str]:
+    """Yield a sentence for each state of the last ``keep_states`` rounds whose record is missing."""
+    num_kept = _settings(run).get("keep_states", 1)
+    for number in range(reached, max(reached - num_kept, -1), -1):
+        path = run.state_record(number)
+        if not path.exists() and any(run.state.glob(f"state-round-{number:05d}.*")):
+            yield f"{path} is missing"
+
+
 def whole_rounds(run: RunDirectory) -> list[int]:
     """Return the rounds whose state can be gone back to, the last first."""
     return [number for number in run.kept_rounds() if not problem_of_round(run, number)]
@@ -166,7 +175,9 @@ def drop_states(run: RunDirectory, last_round: int, keep_states: int) -> None:
     kept = [number for number in run.kept_rounds() if number <= last_round][:keep_states]
     ends = tuple(f"-round-{number:05d}" for number in kept)
     named = {run.path / name for number in kept for name in _files_of(run, number)}
-    for path in (*run.state.glob("*-round-*"), *run.under_way.glob("*")):
+    # Records first: a crash in between leaves files that nothing names, and no state without its files.
+    files = sorted(run.state.glob("*-round-*"), key=lambda path: path.suffix != ".json")
+    for path in (*files, *run.under_way.glob("*")):
         is_kept = path.parent == run.state and path.stem.endswith(ends)
         if not is_kept and path not in named:
             path.unlink()

@@ -176,6 +176,7 @@ def test_doctor_takes_no_state_that_never_counted_for_damage(whole, capsys):
         "state/checkpoint-round-00002.json",
         "clients/client-001/adapted.safetensors",
         "clients/client-001/predictions.json",
+        "clients/client-001/personal-round-00001.safetensors",
     ],
 )
 def test_doctor_names_what_is_wrong_and_what_to_do(name, whole, capsys):
@@ -184,3 +185,35 @@ def test_doctor_names_what_is_wrong_and_what_to_do(name, whole, capsys):
     told = capsys.readouterr().out
     assert str(whole / name) in told
     assert "\nto do: " in told
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "environment.json",
+        "state/checkpoint-round-00002.json",
+        "state/checkpoint-round-00003.json",
+        "clients/client-001/personal-round-00001.safetensors",
+    ],
+)
+def test_doctor_notices_what_was_deleted(name, whole, capsys):
+    delete(whole / name)
+    assert cli.main(["doctor", str(whole)]) == cli.SOME_FAILED
+    assert str(whole / name) in capsys.readouterr().out
+
+
+def test_states_half_dropped_by_a_kill_are_no_damage(runs, whole):
+    """Of a state that is dropped the record goes first."""
+    for name in ("beside", "state"):
+        shutil.copy(
+            whole / f"state/{name}-round-00002.safetensors", whole / f"state/{name}-round-00001.safetensors"
+        )
+    assert cli.main(["doctor", str(whole)]) == cli.OK
+
+
+@pytest.mark.parametrize("change", [flip, shorten, delete])
+@pytest.mark.parametrize("name", ["clients.jsonl", "rounds.jsonl"])
+def test_no_report_is_made_of_damaged_logs(name, change, whole, capsys):
+    change(whole / name)
+    assert cli.main(["report", str(whole)]) == cli.MISTAKE
+    assert str(whole / name) in capsys.readouterr().err
