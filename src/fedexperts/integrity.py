@@ -14,7 +14,7 @@ from fedexperts.errors import UserError
 from fedexperts.releases import check_releases
 from fedexperts.run_directory import RunDirectory, write_atomically
 from fedexperts.seals import Check, check_file, check_log, damaged, hash_of_file, read_sealed
-from fedexperts.site_seals import is_at_site
+from fedexperts.site_seals import is_at_site, refuse_site
 
 Record = dict[str, Any]
 _KINDS = {"round": int, "files": dict, "logs": dict, "kept_rounds": dict}
@@ -149,8 +149,9 @@ def rewind(run: RunDirectory, round_number: int) -> None:
     """Make the state of ``round_number`` the one to resume from; the result of a finished run is deleted.
 
     Raises:
-        UserError: the state is not kept, is not whole, or another process runs the run.
+        UserError: the state is not kept, is not whole, or another process runs the run; or it is a site's.
     """
+    refuse_site(run, "rewind")
     with run.claim(resume=True), run.lock():
         kept = run.kept_rounds()
         if round_number not in kept:

@@ -46,6 +46,7 @@ from fedexperts.running.progress import Progress
 from fedexperts.running.result import ResultParts, build_result, describe_parameters, mean_metrics
 from fedexperts.running.workbench import Workbench, open_workbench, open_worker_pool, personal_store
 from fedexperts.seals import read_sealed, write_sealed
+from fedexperts.site_seals import refuse_site
 from fedexperts.tensors import first_non_finite
 from fedexperts.training.settings import learning_rate_share
 
@@ -74,6 +75,8 @@ def run_experiment(
             ``cohort.on_failure`` is ``stop``. Finished rounds stay, and ``resume`` goes on from them.
     """
     run = RunDirectory(run_directory)
+    if resume:
+        refuse_site(run, "resume")
     with run.claim(resume=resume):
         return _run_in(run, config, progress, resume=resume, link=link)
 

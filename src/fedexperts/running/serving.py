@@ -20,6 +20,7 @@ from fedexperts.federation.site_settings import SiteSettings
 from fedexperts.run_directory import RunDirectory, name_at_sites, write_atomically
 from fedexperts.running.experiment import run_experiment
 from fedexperts.running.progress import Progress
+from fedexperts.site_seals import refuse_site
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ def run_server(
     Raises:
         UserError: see :func:`run_experiment` and :func:`open_link`; or fewer sites have keys than take part.
     """
+    if resume:
+        refuse_site(RunDirectory(run_directory), "resume")
     partition = config.data.partition
     if partition.kind != "site":
         raise UserError(
