@@ -50,8 +50,8 @@ from fedexperts.site_seals import (
 
 Record = dict[str, Any]
 
-LOCK_SECONDS = 20.0
-"""Longest wait for the folder: a worker ends soon after its node was killed, and not at once."""
+LOCK_SECONDS = 60.0
+"""Longest wait for the folder: a worker ends with its node, which takes its time when it is told to end."""
 
 
 class SiteRecord:
