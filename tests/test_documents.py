@@ -136,6 +136,7 @@ def test_the_tables_of_the_three_worlds_are_what_was_measured(world, start, end)
 FLUX = json.loads((ROOT / "experiments/flux/results.json").read_text())
 ASYNCHRONOUS = json.loads((ROOT / "experiments/asynchronous/results.json").read_text())
 PROMPT = json.loads((ROOT / "experiments/prompt_gate/results.json").read_text())
+PLUS = json.loads((ROOT / "experiments/plus_gate/results.json").read_text())
 CLOSED = json.loads((ROOT / "experiments/closed_gates/results.json").read_text())
 EXTRACTION = json.loads((ROOT / "experiments/extraction/results.json").read_text())
 EIGHT = json.loads((ROOT / "experiments/eight_clients/results.json").read_text())
@@ -262,7 +263,8 @@ def asynchronous_cells(server):
     [
         ("## The other methods", "## Gates that close", MORE, more_cells),
         ("## Gates that close", "## A gate that looks", CLOSED, partial(closed_cells, CLOSED)),
-        ("## A gate that looks", "## Flux beside", PROMPT, partial(closed_cells, PROMPT)),
+        ("## A gate that looks", "## FLEx plus with", PROMPT, partial(closed_cells, PROMPT)),
+        ("## FLEx plus with", "## Flux beside", PLUS, partial(closed_cells, PLUS)),
         ("## Flux beside", "## Differential privacy", FLUX, flux_cells),
         ("## Differential privacy", "## Memorised", PRIVACY, privacy_cells),
         ("## Memorised", "## Asynchronous", EXTRACTION, extraction_cells),
