@@ -362,20 +362,66 @@ def test_a_second_answer_to_one_message_is_delivered_behind_the_first():
     assert given == [name for name in ids(carried) for _ in range(2)]
 
 
-def test_sites_that_do_not_come_are_named_after_seconds(caplog):
-    grid = InMemoryGrid({5: node(0, 1)})
-    sites = Sites(number=2, keys={5: "client-000", 6: "west"})
-    carried = FlowerTransport(
+def silent(message):
+    return None
+
+
+def site_named(name):
+    return lambda message: identity(0, 1, {"client_id": name})
+
+
+def of_sites(nodes, names, **delays):
+    """A transport that waits for all sites of ``names``, whose nodes have the ids from 5 on."""
+    keys = dict(enumerate(names, start=5))
+    grid = InMemoryGrid(nodes, delays={node_id: delays.get(name, 0.0) for node_id, name in keys.items()})
+    return grid, FlowerTransport(
         grid,
         config_sha256=HASH,
         patience=Patience(answer_seconds=60.0),
         clock=grid.clock,
         pause=grid.clock.pause,
-        sites=sites,
+        sites=Sites(number=len(names), keys=keys),
     )
-    with pytest.raises(UserError, match="not connected: west"):
+
+
+def test_sites_that_do_not_come_are_named_after_seconds(caplog):
+    _, carried = of_sites({5: site_named("north")}, ("north", "west"))
+    with pytest.raises(UserError, match=r"\(joined: north; not connected: west\)"):
         assert carried.clients
-    assert [record.getMessage() for record in caplog.records] == ["waiting for west"] * 2
+    assert caplog.messages == ["waiting for sites (not connected: west)"] * 2
+
+
+def test_a_silent_site_hides_neither_those_that_are_away_nor_those_that_answer(caplog):
+    nodes = {5: silent, 6: site_named("south")}
+    grid, carried = of_sites(nodes, ("north", "south", "west"))
+    told = "not connected: west; connected, but without an answer: north"
+    with pytest.raises(UserError, match=rf"^1 of 3 sites joined .* \(joined: south; {told}\)$"):
+        assert carried.clients
+    assert caplog.messages[0] == f"waiting for sites ({told})"
+    assert grid.clock.now == pytest.approx(60.0, abs=0.3), "the end comes when the time to join is over"
+
+
+def test_a_site_that_was_asked_in_time_may_answer_after_the_time_to_join():
+    """Its first answer may wait for a model that has to be loaded."""
+    grid, carried = of_sites({5: site_named("north")}, ("north", "south"), south=30.0)
+
+    class Joining(Clock):
+        def pause(self, seconds):
+            super().pause(seconds)
+            if self.now > 50:
+                grid.nodes[6] = site_named("south")
+
+    carried._clock = grid.clock = joining = Joining()
+    carried._pause = joining.pause
+    assert ids(carried) == ("north", "south")
+    assert joining.now == pytest.approx(80.0, abs=0.5)
+
+
+def test_sites_that_stay_silent_end_the_waiting_by_name():
+    grid, carried = of_sites({5: site_named("north"), 6: silent}, ("north", "south"))
+    with pytest.raises(UserError, match=r"^1 of 2 sites joined within transport.timeout_seconds = 60 "):
+        assert carried.clients
+    assert grid.clock.now == pytest.approx(60.0, abs=0.3)
 
 
 def test_messages_on_disk_come_back_as_they_were(tmp_path):

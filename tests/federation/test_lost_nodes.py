@@ -97,6 +97,14 @@ def test_a_new_node_that_is_no_client_takes_nobodys_place(caplog):
     assert "Flower node 97 is refused: it is no client" in caplog.messages
 
 
+def test_a_new_node_that_does_not_say_who_it_is_holds_nobody_up():
+    grid, carried = three()
+    grid.nodes = {5: node(0), 7: node(2), 96: lambda message: None}
+    grid.clock.at(20.0, grid, {**grid.nodes, 98: node(1)})
+    assert positions(carried.exchange(train(ids(carried)))) == [0.0, 1.0, 2.0]
+    assert grid.clock.now == pytest.approx(20.0, abs=0.2), "the one behind it was asked as soon as it came"
+
+
 def test_a_client_that_never_comes_back_has_failed_after_the_time_to_answer():
     grid, carried = three()
     del grid.nodes[6]

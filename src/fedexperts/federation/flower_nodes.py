@@ -84,10 +84,17 @@ class Sites:
         """Return whether a node may take part: where keys are registered, those alone."""
         return not self.keys or node_id in self.keys
 
-    def missing(self, found: Collection[str]) -> str:
-        """Return the names of the sites that are not there, or their number where no names are known."""
-        names = sorted(set(self.keys.values()) - set(found))
-        return ", ".join(names) or f"{self.number - len(found)} more"
+    def missing(self, found: Collection[str], asked: Collection[int]) -> str:
+        """Return which sites are not connected, and which of the nodes that were ``asked`` are still silent.
+
+        Sites whose names are not known are counted.
+        """
+        away = sorted(set(self.keys.values()) - set(found) - {self.keys.get(one, "") for one in asked})
+        number = self.number - len(found) - len(asked)
+        told = ", ".join(away) or (f"{number} more" if number > 0 else "")
+        silent = ", ".join(sorted(self.keys.get(one, f"Flower node {one}") for one in asked))
+        parts = {"not connected": told, "connected, but without an answer": silent}
+        return "; ".join(f"{state}: {names}" for state, names in parts.items() if names)
 
     def refusal(self, node_id: int, name: str, found: Mapping[str, Node]) -> str:
         """Return why a node may not be the site ``name``, or nothing."""

@@ -88,7 +88,8 @@ class FlowerTransport:
         self._clock, self._pause = clock, pause
         self._nodes: dict[str, Node] = {}
         self._begun: list[SentDownload] = []
-        self._strangers, self._gone = set[int](), set[int]()
+        self._questions: dict[int, SentDownload] = {}
+        self._strangers = set[int]()
 
     @property
     def clients(self) -> tuple[ClientFacts, ...]:
@@ -129,7 +130,11 @@ class FlowerTransport:
                 if self._is_over(sent):
                     del self._begun[place]
                     return sent.client_id, self._deliveries(sent)
-            self._pause(POLL_SECONDS * min(len(self._begun), POLLS_PER_SWEEP))
+            self._pause_for(self._begun)
+
+    def _pause_for(self, asked: Collection[object]) -> None:
+        """Pause before all of several answers are asked for again."""
+        self._pause(POLL_SECONDS * min(max(len(asked), 1), POLLS_PER_SWEEP))
 
     def finish_round(self) -> tuple[Finished, ...]:
         """Return nothing: a node answers when its turn has ended."""
@@ -287,8 +292,6 @@ class FlowerTransport:
         """Wait for a client that is lost until it is back, where all are needed; else it has failed."""
         sent.num_losses += 1
         is_known = sent.client_id in self._nodes
-        if not is_known:
-            self._gone.add(int(sent.client_id))
         if is_known and self._patience.needs_all and sent.num_losses < MOST_LOSSES:
             sent.lost = reason
             logger.warning("waiting for client %s: %s", sent.client_id, reason)
@@ -311,20 +314,21 @@ class FlowerTransport:
     def _take_back(self, online: Collection[int]) -> None:
         """Ask nodes that are new who they are; one may be a client whose node is gone."""
         there = {name: node for name, node in self._nodes.items() if node.node_id in online}
-        known = self._strangers.union(node.node_id for node in there.values())
+        known = self._strangers | {node.node_id for node in there.values()}
         sites = self._sites or Sites(number=len(self._nodes))
-        for node_id in sorted(one for one in online if one not in known and sites.may_ask(one)):
+        for question in self._answered(filter(sites.may_ask, online), known):
             try:
-                for node in self._identify([node_id]):
-                    reason = sites.refusal(node_id, node.client_id, there)
-                    if node.client_id in self._nodes and not reason:
-                        self._nodes[node.client_id] = there[node.client_id] = node
-                    else:
-                        self._strangers.add(node_id)
-                        logger.warning("Flower node %d is refused: %s", node_id, reason or "it is no client")
+                node = self._node_of(question)
             except UserError as error:
-                self._strangers.add(node_id)
+                self._strangers.add(question.node_id)
                 logger.warning("%s", error)
+                continue
+            reason = sites.refusal(node.node_id, node.client_id, there)
+            if node.client_id in self._nodes and not reason:
+                self._nodes[node.client_id] = there[node.client_id] = node
+            else:
+                self._strangers.add(node.node_id)
+                logger.warning("Flower node %d is refused: %s", node.node_id, reason or "it is no client")
 
     def _deliveries(self, sent: SentDownload) -> Iterator[Delivery]:
         """Yield the answer, whatever came, and further ones of a training round, which do not count."""
@@ -348,72 +352,82 @@ class FlowerTransport:
 
     def _gather(self) -> dict[str, Node]:
         """Nodes by client, in the order of the data; asks each node that appears until all are there."""
-        started, asked, found = self._clock(), set[int](), dict[int, Node]()
-        while not found or len(found) < max(node.num_clients for node in found.values()):
-            if self._clock() - started >= self._timeout:
+        started, done, found, wanted = self._clock(), set[int](), dict[int, Node](), 1
+        while len(found) < wanted:
+            if self._is_too_late(started, wanted - len(found)):
                 raise UserError(
                     f"{count_of(found.values())} joined within transport.timeout_seconds = {self._timeout:g}"
                 )
-            new = self._new(asked)
-            for node in self._identify(new):
+            for question in self._answered(self._grid.get_node_ids(), done):
+                node = self._node_of(question)
                 if node.position in found:
                     raise UserError(
                         f"Flower nodes {found[node.position].node_id} and {node.node_id} are both "
                         f"{node.client_id}: give each SuperNode its own partition-id"
                     )
-                found[node.position] = node
-            if not new:
-                self._pause(POLL_SECONDS)
+                found[node.position], wanted = node, max(wanted, node.num_clients)
+            if len(found) < wanted:
+                self._pause_for(self._questions)
         return {found[position].client_id: found[position] for position in sorted(found)}
 
     def _gather_sites(self, sites: Sites) -> dict[str, Node]:
         """Sites by name; a node that claims a name that is not its own is left out, by name."""
-        started, asked, found = self._clock(), set[int](), dict[str, Node]()
+        started, done, found = self._clock(), set[int](), dict[str, Node]()
         said = started + FIRST_SAID_SECONDS
         while len(found) < sites.number:
-            if self._clock() - started >= self._timeout:
-                joined = ", ".join(sorted(found)) or "none"
+            missing = sites.missing(found, self._questions)
+            if self._is_too_late(started, sites.number - len(found)):
                 raise UserError(
                     f"{len(found)} of {sites.number} sites joined within transport.timeout_seconds = "
-                    f"{self._timeout:g} (joined: {joined}; not connected: {sites.missing(found)})"
+                    f"{self._timeout:g} (joined: {', '.join(sorted(found)) or 'none'}; {missing})"
                 )
-            new = self._new(asked)
-            if not new and self._clock() >= said:
+            if self._clock() >= said:
                 said = self._clock() + SAID_SECONDS
-                logger.warning("waiting for %s", sites.missing(found))
-            for node in self._identify([node_id for node_id in new if sites.may_ask(node_id)]):
+                logger.warning("waiting for sites (%s)", missing)
+            for question in self._answered(filter(sites.may_ask, self._grid.get_node_ids()), done):
+                node = self._node_of(question)
                 reason = sites.refusal(node.node_id, node.client_id, found)
                 if reason:
                     logger.warning("Flower node %d is refused: %s", node.node_id, reason)
                 elif len(found) < sites.number:
                     found[node.client_id] = node
-            if not new:
-                self._pause(POLL_SECONDS)
+            if len(found) < sites.number:
+                self._pause_for(self._questions)
         refuse_mixed_counts(found)
         return {name: found[name] for name in sorted(found)}
 
-    def _new(self, asked: set[int]) -> list[int]:
-        """Return, and add to those asked, nodes that are there and were not asked, or were lost since."""
-        asked -= self._gone
-        self._gone.clear()
-        new = sorted(set(self._grid.get_node_ids()) - asked)
-        asked.update(new)
-        return new
+    def _is_too_late(self, started: float, num_missing: int) -> bool:
+        """Whether the time to join is over, and too few nodes were asked in time and may still answer."""
+        return self._clock() - started >= self._timeout and len(self._questions) < num_missing
+
+    def _answered(self, node_ids: Iterable[int], done: set[int]) -> list[SentDownload]:
+        """Ask all nodes but those that are ``done`` who they are; return the questions that have an answer.
+
+        This waits for nobody. A node that was lost with its question, or was silent for all its time to
+        answer, is not done: it is asked again as long as it is there.
+        """
+        for node_id in sorted(set(node_ids) - done - self._questions.keys()):
+            question = self._question()
+            sent = self._sent(str(node_id), question, partial(encode_download, question))
+            self._push(sent, node_id)
+            self._questions[node_id] = sent
+        over = [sent for sent in self._questions.values() if self._is_over(sent)]
+        for sent in over:
+            del self._questions[sent.node_id]
+        answered = [sent for sent in over if not (sent.num_losses or sent.fenced)]
+        done.update(sent.node_id for sent in answered)
+        return answered
 
     def _question(self) -> Download:
         return Download(round_number=0, task=IDENTIFY, config_sha256=self._config_sha256)
 
-    def _identify(self, node_ids: Iterable[int]) -> Iterator[Node]:
-        question, asked = self._question(), tuple(node_ids)
-        for answer in self._exchange(((str(node_id), node_id, question) for node_id in asked), asked):
-            node_id = int(answer.client_id)
-            if node_id in self._gone:
-                continue
-            if answer.upload.failure:
-                name = self._sites.keys.get(node_id, "") if self._sites else ""
-                told = f"site {name} (Flower node {node_id})" if name else f"Flower node {node_id}"
-                raise UserError(f"{told}: {answer.upload.failure}")
-            report = answer.upload.report
-            node = node_of(node_id, report if self._sites is None else {**ONE_OF_ONE, **report})
-            logger.info("Flower node %d is %s", node.node_id, node.client_id)
-            yield node
+    def _node_of(self, question: SentDownload) -> Node:
+        """Read a node's answer to the question who it is; raise UserError if it cannot take part."""
+        node_id, upload = question.node_id, next(self._deliveries(question)).upload
+        if upload.failure:
+            name = self._sites.keys.get(node_id, "") if self._sites else ""
+            told = f"site {name} (Flower node {node_id})" if name else f"Flower node {node_id}"
+            raise UserError(f"{told}: {upload.failure}")
+        node = node_of(node_id, upload.report if self._sites is None else {**ONE_OF_ONE, **upload.report})
+        logger.info("Flower node %d is %s", node.node_id, node.client_id)
+        return node
