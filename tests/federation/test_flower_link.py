@@ -10,12 +10,14 @@ from fedexperts.cli.program import main
 from fedexperts.config.load import build_config
 from fedexperts.errors import UserError
 from fedexperts.federation import flower_link
-from fedexperts.federation.flower_link import open_link, parse_address, run_node
+from fedexperts.federation.flower_link import check_node, open_link, parse_address
 from fedexperts.federation.keys import make_keys
 from fedexperts.federation.site_settings import SiteSettings
+from fedexperts.running import serving
 from fedexperts.running.serving import SERVER_OVERRIDES, prepare_site, run_server
 
 RECORDS = "".join(f'{{"question": "q{number}", "answer": "a{number}"}}\n' for number in range(20))
+SITES = {"source": "site", "partition": {"kind": "site", "num_clients": 1}}
 FIELDS = ("fields.instruction=question", "fields.response=answer", 'tell=["counts"]')
 
 
@@ -46,17 +48,19 @@ def test_a_site_reads_its_data_and_writes_its_settings_for_itself_alone(tmp_path
         (["--data", "own.jsonl"], r'own.jsonl:1: field "instruction" (data.fields.instruction) is missing'),
         (["--data", "own.jsonl", "name=../up"], 'name "../up" must be of letters'),
         (["--data", "own.jsonl", "colour=red"], "colour is not a setting"),
-        (["--data", "own.jsonl", *FIELDS, "--server", "here"], '--server is "here"; it must be HOST:PORT'),
-        (["--data", "own.jsonl", *FIELDS], "keys/west/ca.crt does not exist; fedexperts keys makes it"),
+        (["--data", "none.jsonl", "--server", "here"], '--server is "here"; it must be HOST:PORT'),
+        (["--data", "none.jsonl", "--keys", "keys/west"], "keys/west/ca.crt does not exist; fedexperts keys"),
+        (["--data", "none.jsonl", "--keys", "keys/server"], "keys/server/node.key does not exist"),
     ],
 )
 def test_a_site_that_cannot_take_part_is_told_before_it_joins(
-    tmp_path, monkeypatch, capsys, arguments, sentence
+    tmp_path, monkeypatch, capsys, keys, arguments, sentence
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.jsonl").write_text(RECORDS)
-    assert main(["site", "--server", "127.0.0.1:9", "--keys", "keys/west", *arguments]) == 2
+    assert main(["site", "--server", "127.0.0.1:9", "--keys", "keys/north", *arguments]) == 2
     assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.glob("site-*"))
 
 
 @pytest.mark.parametrize("text", ["host", ":80", "host:", "host:x", "host:0", "host:65536"])
@@ -89,7 +93,7 @@ def test_without_flower_server_and_site_name_the_extra(keys, tmp_path, monkeypat
     with pytest.raises(UserError, match=sentence.format("server")):
         open_link(keys / "server", "127.0.0.1", 1).__enter__()
     with pytest.raises(UserError, match=sentence.format("site")):
-        run_node(tmp_path / "site.toml", "127.0.0.1:1", keys / "north")
+        check_node("127.0.0.1:1", keys / "north")
 
 
 def test_the_server_serves_sites_alone(make_config, keys, tmp_path, quiet):
@@ -99,13 +103,34 @@ def test_the_server_serves_sites_alone(make_config, keys, tmp_path, quiet):
         run_server(make_config("flex"), tmp_path / "run", keys=keys, listen="127.0.0.1:1", progress=quiet)
 
 
+def test_a_folder_that_the_server_cannot_have_is_refused_before_its_superlink_starts(
+    make_config, keys, tmp_path, quiet, monkeypatch
+):
+    monkeypatch.setattr(serving, "open_link", lambda *given: pytest.fail("the SuperLink was started"))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    config = make_config("fedavg", *SERVER_OVERRIDES, data=SITES)
+    for folder, sentence in {
+        "/proc/sv": "folder /proc/sv cannot be made",
+        "used": "is already in use",
+    }.items():
+        with pytest.raises(UserError, match=sentence):
+            run_server(config, tmp_path / folder, keys=keys, listen="127.0.0.1:1", progress=quiet)
+
+
+def test_a_server_that_cannot_start_leaves_no_folder(make_config, keys, tmp_path, quiet):
+    config = make_config("fedavg", *SERVER_OVERRIDES, data=SITES)
+    with pytest.raises(UserError, match=r"ca\.crt does not exist"):
+        run_server(config, tmp_path / "run", keys=keys / "no", listen="127.0.0.1:1", progress=quiet)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["my run", ".run", "r" * 92])
 def test_a_folder_that_sites_could_not_name_theirs_after_is_refused_at_once(
     make_config, keys, tmp_path, quiet, name
 ):
-    sites = {"source": "site", "partition": {"kind": "site", "num_clients": 1}}
     at_server = {"name": "flower", "connection": "trial"}
-    config = make_config("fedavg", data=sites, transport=at_server)
+    config = make_config("fedavg", data=SITES, transport=at_server)
     with pytest.raises(UserError, match=r"the run's folder is named .* and sites name theirs after it"):
         run_server(config, tmp_path / name, keys=keys, listen="127.0.0.1:1", progress=quiet)
 

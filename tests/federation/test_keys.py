@@ -48,6 +48,14 @@ def test_a_site_accepts_the_server_under_each_of_its_names(made, host):
     assert handshake(made, host, made / "north" / "ca.crt")
 
 
+@pytest.mark.parametrize("name", ["fed", "fed-1.example.org", "fed_server", "*.example.org", "::1"])
+def test_a_host_may_have_any_name_that_is_one(tmp_path, name):
+    make_keys(tmp_path / "keys", ["north"], hosts=[name])
+    certificate = x509.load_pem_x509_certificate((tmp_path / "keys" / "server" / "server.crt").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert name in [str(one.value) for one in names]
+
+
 def test_a_site_refuses_another_host_and_another_authority(made, tmp_path):
     with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
         handshake(made, "elsewhere.example.org", made / "north" / "ca.crt")
@@ -94,6 +102,12 @@ def test_certificates_end_when_they_are_told_to(made):
         (["a"], {"days": 0}, "--days is 0"),
         (["a"], {"days": 99_999_999}, r"--days is 99999999; it must be from 1 to 36500"),
         (["a"], {"hosts": ["hôte"]}, '--hosts names "hôte"'),
+        (["a"], {"hosts": ["bad host!"]}, '--hosts names "bad host!"; it must be host names and addresses'),
+        (["a"], {"hosts": ["fed.example.org:9092"]}, "without a port"),
+        (["a"], {"hosts": ["10.0.0.300"]}, '--hosts names "10.0.0.300"'),
+        (["a"], {"hosts": ["-x.org"]}, '--hosts names "-x.org"'),
+        (["a"], {"hosts": ["x..y"]}, '--hosts names "x..y"'),
+        (["a"], {"hosts": ["x" * 64]}, "--hosts names"),
     ],
 )
 def test_wrong_names_are_refused_before_anything_is_written(tmp_path, sites, options, sentence):

@@ -81,11 +81,12 @@ def server(given: Namespace) -> int:
 def site(given: Namespace) -> int:
     """Take part in a federation as a site with its own data, until stopped."""
     _log_to_stderr(is_quiet=False)
-    from fedexperts.federation.flower_link import run_node
+    from fedexperts.federation.flower_link import check_node, run_node
     from fedexperts.running.serving import prepare_site
 
     name = given.name or given.keys.absolute().name
     folder = given.folder or Path(f"site-{name}")
+    check_node(given.server, given.keys)
     path, data = prepare_site(name, given.data, folder, given.overrides)
     data.close()
     told = f"settings in {path}, log in {path.with_name('site.log')}, runs in {folder / 'runs'}"

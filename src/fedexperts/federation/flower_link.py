@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 CONNECTION = "sites"
 """Name of the connection to the SuperLink that :func:`open_link` starts."""
 
+NODE = "flower-supernode"
+"""Flower's program of a site."""
+
 _LINK = """
 ("$1/flower-superlink" --isolation process --enable-supernode-auth --host "$2" --port "$3" \
     --ssl-ca-certfile "$5/ca.crt" --ssl-certfile "$5/server.crt" --ssl-keyfile "$5/server.key" \
@@ -74,7 +77,7 @@ def open_link(keys: Path, host: str, port: int) -> Iterator[FlowerLink]:
         UserError: a file of ``keys`` is missing, or Flower is; the port is taken, or the SuperLink does not
             start.
     """
-    _program("flower-superlink", "fedexperts server")
+    _require_program("flower-superlink", "fedexperts server")
     public = _public_keys(keys)
     _refuse_taken(host, port)
     if not _is_loopback(host):
@@ -113,10 +116,9 @@ def _public_keys(keys: Path) -> dict[str, Path]:
     return public
 
 
-def _program(name: str, command: str) -> Path:
+def _require_program(name: str, command: str) -> None:
     if not (PROGRAMS / name).exists():
         raise needs_extra(command, "flwr", "flower")
-    return PROGRAMS / name
 
 
 def _require(path: Path) -> None:
@@ -163,19 +165,27 @@ def _register(public_key: Path, environment: Mapping[str, str]) -> int:
         raise UserError(f"Flower does not take the key {public_key}: {told[-500:]}") from None
 
 
-def run_node(site_file: Path, server: str, keys: Path) -> NoReturn:
-    """Run the SuperNode of a site until this process is stopped; start it anew whenever it ends.
-
-    It ends where the server does not know its key yet, and where the server has ended and forgotten it. All
-    that it and the site's turns say is in ``site.log`` beside the site's settings.
+def check_node(server: str, keys: Path) -> None:
+    """Check that the SuperNode of a site can be started.
 
     Raises:
-        UserError: a file of ``keys`` is missing, or Flower is.
+        UserError: ``server`` is no address, a file of ``keys`` is missing, or Flower is.
     """
     parse_address(server, "--server")
     for name in (CA_CERTIFICATE, NODE_KEY):
         _require(keys / name)
-    program, home = _program("flower-supernode", "fedexperts site"), site_file.parent / "flower"
+    _require_program(NODE, "fedexperts site")
+
+
+def run_node(site_file: Path, server: str, keys: Path) -> NoReturn:
+    """Run the SuperNode of a site until this process is stopped; start it anew whenever it ends.
+
+    :func:`check_node` has said that it can be started.
+
+    It ends where the server does not know its key yet, and where the server has ended and forgotten it. All
+    that it and the site's turns say is in ``site.log`` beside the site's settings.
+    """
+    program, home = PROGRAMS / NODE, site_file.parent / "flower"
     home.mkdir(mode=0o700, exist_ok=True)
     log = site_file.with_name("site.log")
     log.touch(mode=0o600)

@@ -3,6 +3,7 @@
 import datetime
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,10 @@ SITES = "sites"
 
 MOST_DAYS = 36_500
 """Days that a certificate is valid at most: its dates have years of four digits."""
+
+_LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+HOST_NAME = re.compile(rf"(?=.{{1,253}}$)(\*\.)?({_LABEL}\.)*(?!\d+$){_LABEL}")
+"""A host name. Its last part is no number, so that a mistyped address is none."""
 
 LOOPBACK = ("localhost", "127.0.0.1")
 """Always in the server's certificate: its own programs reach it so."""
@@ -151,7 +156,9 @@ def _host(name: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
         pass
-    try:
-        return x509.DNSName(name)
-    except ValueError:
-        raise UserError(f'--hosts names "{name}", which is neither a host name nor an address') from None
+    if not HOST_NAME.fullmatch(name):
+        raise UserError(
+            f'--hosts names "{name}"; it must be host names and addresses without a port, as in '
+            "fed.example.org,10.0.0.5"
+        )
+    return x509.DNSName(name)

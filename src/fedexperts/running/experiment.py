@@ -64,11 +64,10 @@ def run_experiment(
     *,
     progress: Progress,
     resume: bool = False,
-    link: FlowerLink | None = None,
 ) -> dict[str, Any]:
     """Run, or go on with, one experiment; returns ``result.json``'s object.
 
-    A finished run that is resumed is not run again. ``link`` is a SuperLink of sites that is already up.
+    A finished run that is resumed is not run again.
 
     Raises:
         UserError: something of the user's is wrong (see docs/configuration.md), or a client failed and
@@ -78,12 +77,16 @@ def run_experiment(
     if resume:
         refuse_site(run, "resume")
     with run.claim(resume=resume):
-        return _run_in(run, config, progress, resume=resume, link=link)
+        return run_claimed(run, config, progress, resume=resume)
 
 
-def _run_in(
-    run: RunDirectory, config: RunConfig, progress: Progress, *, resume: bool, link: FlowerLink | None
+def run_claimed(
+    run: RunDirectory, config: RunConfig, progress: Progress, *, resume: bool, link: FlowerLink | None = None
 ) -> dict[str, Any]:
+    """Do as :func:`run_experiment` in a folder that the caller has claimed.
+
+    ``link`` is a SuperLink of sites that is already up.
+    """
     with run.lock():
         if resume:
             if run.result.exists():

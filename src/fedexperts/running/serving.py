@@ -18,7 +18,7 @@ from fedexperts.federation.flower_launch import FlowerLink, ServerLostError
 from fedexperts.federation.flower_link import CONNECTION, open_link, parse_address
 from fedexperts.federation.site_settings import SiteSettings
 from fedexperts.run_directory import RunDirectory, name_at_sites, write_atomically
-from fedexperts.running.experiment import run_experiment
+from fedexperts.running.experiment import run_claimed
 from fedexperts.running.progress import Progress
 from fedexperts.site_seals import refuse_site
 
@@ -46,7 +46,8 @@ def run_server(
     round.
 
     Raises:
-        UserError: see :func:`run_experiment` and :func:`open_link`; or fewer sites have keys than take part.
+        UserError: see :func:`open_link` and :func:`~fedexperts.running.experiment.run_experiment`; or fewer
+            sites have keys than take part.
     """
     if resume:
         refuse_site(RunDirectory(run_directory), "resume")
@@ -62,18 +63,34 @@ def run_server(
             'of up to 91 letters, digits, ".", "_" and "-", the first a letter or digit (--to)'
         )
     address, run = parse_address(listen, "--listen"), RunDirectory(run_directory)
+    with run.claim(resume=resume):
+        return _serve(config, run, keys, listen, address, progress, resume=resume)
+
+
+def _serve(
+    config: RunConfig,
+    run: RunDirectory,
+    keys: Path,
+    listen: str,
+    address: tuple[str, int],
+    progress: Progress,
+    *,
+    resume: bool,
+) -> dict[str, Any]:
     num_losses = num_rounds = 0
     while True:
         with open_link(keys, *address) as link:
             _refuse_few_keys(config, keys, link)
-            progress.message(f"waiting at {listen} for {partition.num_clients} of {', '.join(link.sites)}")
+            progress.message(
+                f"waiting at {listen} for {config.data.partition.num_clients} of {', '.join(link.sites)}"
+            )
             is_up = True
             while is_up:
                 has_begun = link.is_up()
                 try:
                     if not has_begun:
                         raise ServerLostError(f"the SuperLink at {listen} ends as soon as it has started")
-                    return run_experiment(config, run.path, progress=progress, resume=resume, link=link)
+                    return run_claimed(run, config, progress, resume=resume, link=link)
                 except ServerLostError:
                     reached = max(run.kept_rounds(), default=0)
                     num_losses = 1 if reached > num_rounds else num_losses + 1
