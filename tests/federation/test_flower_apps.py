@@ -157,8 +157,8 @@ def test_a_deployed_client_keeps_what_is_its_own_on_its_node(make_config, tmp_pa
 def test_what_ends_the_server_app_is_said_and_so_are_warnings(make_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(logging.getLogger("fedexperts"), "handlers", [])
     config = make_config("fedavg", "transport.name=flower", "evaluation.exam.source=nowhere.jsonl")
-    run_config = {"experiment": resolved_toml(config), "run-directory": str(tmp_path)}
-    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=run_config)
+    given = {"experiment": resolved_toml(config), "run-directory": str(tmp_path), "run-token": "token"}
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=given)
     with pytest.raises(UserError, match=r"nowhere\.jsonl") as refusal:
         flower_server.app(InMemoryGrid({}), context)
     logging.getLogger("fedexperts.federation").warning("client %s is slow", "a")

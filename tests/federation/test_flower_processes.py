@@ -2,11 +2,13 @@
 
 import importlib.util
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.request
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,12 +16,15 @@ from pathlib import Path
 import pytest
 from test_every_method import config_of
 
+from fedexperts.cli.program import main
+from fedexperts.config.load import build_config
 from fedexperts.errors import UserError
 from fedexperts.federation import flower_launch
 from fedexperts.run_directory import read_json, read_lines
 from fedexperts.running.experiment import run_experiment
 
 PROGRAMS = Path(sys.executable).parent
+EXAMPLE_APP = Path(__file__).parents[2] / "examples" / "flower_app"
 SLOW, WITHIN = pytest.mark.slow, pytest.mark.timeout(900)
 
 
@@ -63,6 +68,27 @@ def test_a_fault_in_the_server_app_is_one_sentence_here(make_config, tmp_path, q
     with pytest.raises(UserError, match=r"nowhere\.jsonl"):
         run_experiment(config, tmp_path / "run", progress=quiet)
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+@SLOW
+@WITHIN
+def test_flwr_run_in_the_folder_of_the_example_app_is_the_run_in_process(tmp_path, monkeypatch, quiet):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link").mkdir()
+    with flower_launch._superlink(tmp_path / "link") as environment:
+        flower = flower_launch._Flwr(environment)
+        command = [str(PROGRAMS / "flwr"), "run", ".", "--stream"]
+        log = subprocess.run(command, cwd=EXAMPLE_APP, env=environment, capture_output=True, text=True).stdout
+        run_id = re.search(r"Successfully started run (\d+)", log)[1]
+        run = tmp_path / "fedexperts-runs" / f"flower-{run_id}"
+        # On a busy machine Flower ends the stream of a log before the run has ended.
+        while not (run / "result.json").exists() and flower.is_going_on(run_id, flower_launch.LOCAL):
+            time.sleep(0.5)
+    assert main(["report", str(run)]) == main(["doctor", str(run)]) == 0
+    table = tomllib.loads((EXAMPLE_APP / "pyproject.toml").read_text())
+    experiment = tomllib.loads(table["tool"]["flwr"]["app"]["config"]["experiment"])
+    run_experiment(build_config(experiment, "example"), tmp_path / "inprocess", progress=quiet)
+    assert same(run) == same(tmp_path / "inprocess")
 
 
 def free_port():

@@ -11,6 +11,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedexperts.errors import UserError
+from fedexperts.federation.flower_submitted import completed
 from fedexperts.federation.warm import ask_worker
 from fedexperts.federation.wire import pack, unpack
 
@@ -23,12 +24,9 @@ _PROGRAM = "flwr-clientapp"
 @app.train()  # type: ignore[untyped-decorator]
 def answer(message: Message, context: Context) -> Message:
     """Have the download answered."""
-    request = {
-        "run_config": dict(context.run_config),
-        "node_config": dict(context.node_config),
-        "refused": "",
-    }
+    request = {"run_config": {}, "node_config": dict(context.node_config), "refused": ""}
     try:
+        request["run_config"] = completed(context.run_config, context.run_id)
         blob = unpack(message.content)
     except UserError as error:
         blob, request["refused"] = b"", str(error)

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedexperts.config.load import build_config, config_sha256
+from fedexperts.config.load import build_config, config_sha256, resolved_toml
 from fedexperts.config.schema import RunConfig
 from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.data.federated import no_data
@@ -19,10 +20,12 @@ from fedexperts.errors import UserError
 from fedexperts.federation.flower_events import FAILED, WarningsSaid, said_progress, say
 from fedexperts.federation.flower_nodes import Sites
 from fedexperts.federation.flower_sent import Patience
+from fedexperts.federation.flower_submitted import completed, is_launched
 from fedexperts.federation.flower_transport import FlowerTransport
 from fedexperts.releases import read_releases, write_releases
-from fedexperts.run_directory import RunDirectory
+from fedexperts.run_directory import RunDirectory, write_atomically
 from fedexperts.running.experiment import ServerRun, environment_of
+from fedexperts.running.progress import PlainProgress, Progress
 from fedexperts.running.workbench import open_workbench, personal_store
 from fedexperts.seals import write_sealed
 
@@ -35,6 +38,9 @@ app = ServerApp()
 @app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds that are left and write the run directory; what fails is said and raised."""
+    if not is_launched(context.run_config):
+        _serve_submitted(grid, completed(context.run_config, context.run_id))
+        return
     logging.getLogger("fedexperts").addHandler(WarningsSaid())
     try:
         config = build_config(tomllib.loads(str(context.run_config["experiment"])), "experiment")
@@ -46,12 +52,33 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
-def serve(grid: Grid, config: RunConfig, run: RunDirectory, keys: Mapping[int, str] | None = None) -> None:
+def _serve_submitted(grid: Grid, settings: Mapping[str, str]) -> None:
+    """Run what ``flwr run`` has submitted by itself: make the run directory, and tell a person in the log."""
+    logger = logging.getLogger("fedexperts")
+    logger.addHandler(logging.StreamHandler(sys.stdout))
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # ray logs as well what reaches the root
+    config = build_config(tomllib.loads(settings["experiment"]), "experiment")
+    run = RunDirectory(Path(settings["run-directory"]))
+    with run.claim(resume=False):
+        write_atomically(run.config, resolved_toml(config).encode())
+        write_atomically(run.flower_token, settings["run-token"].encode())
+        serve(grid, config, run, progress=PlainProgress())
+    logger.info("the result is in %s; fedexperts report %s shows it", run.path, run.path)
+
+
+def serve(
+    grid: Grid,
+    config: RunConfig,
+    run: RunDirectory,
+    keys: Mapping[int, str] | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Run the server, which has the model and the exam, and no client's data.
 
-    ``keys`` has the name of each site by the node id of its key.
+    ``keys`` has the name of each site by the node id of its key. Without ``progress`` the launcher is told.
     """
-    progress, stopwatch = said_progress(), Stopwatch()
+    progress, stopwatch = progress or said_progress(), Stopwatch()
     with ExitStack() as stack:
         stack.enter_context(run.lock())
         # Said under the lock: from here on whoever has submitted the run sees by the lock that it goes on.
