@@ -87,6 +87,15 @@ def test_a_link_without_its_files_or_with_a_taken_port_is_refused(keys):
         open_link(keys / "nowhere", "127.0.0.1", 1).__enter__()
 
 
+def test_a_port_that_becomes_free_is_waited_for(keys, monkeypatch):
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    monkeypatch.setattr(flower_link.time, "sleep", lambda _: taken.close())
+    monkeypatch.setattr(flower_link.subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
+    with pytest.raises(pytest.fail.Exception, match="started"):
+        open_link(keys / "server", "127.0.0.1", port, 5.0).__enter__()
+
+
 def test_without_flower_server_and_site_name_the_extra(keys, tmp_path, monkeypatch):
     monkeypatch.setattr(flower_link, "PROGRAMS", tmp_path)
     sentence = r"^fedexperts {} needs the package flwr: run pip install -e '\.\[flower\]'"

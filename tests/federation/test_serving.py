@@ -84,7 +84,7 @@ def test_a_server_that_is_killed_again_and_again_without_a_round_gives_up(serve,
 
 def test_a_superlink_that_ends_as_soon_as_it_has_started_is_given_up(serve, tmp_path, monkeypatch, caplog):
     @contextmanager
-    def link_that_ended(keys, host, port):
+    def link_that_ended(*_):
         yield SimpleNamespace(sites={"north": "7"}, is_up=lambda: False)
 
     monkeypatch.setattr(serving, "open_link", link_that_ended)
@@ -100,8 +100,8 @@ def test_a_run_begins_with_the_superlink_that_stays(serve, monkeypatch, caplog):
     opened, stays = [], serving.open_link
 
     @contextmanager
-    def first_ends_at_once(keys, host, port):
-        with stays(keys, host, port) as link:
+    def first_ends_at_once(*given):
+        with stays(*given) as link:
             opened.append(link)
             is_first = len(opened) == 1
             yield SimpleNamespace(sites=link.sites, is_up=lambda: False) if is_first else link

@@ -1,5 +1,6 @@
 """Start Flower's programs for sites: a SuperLink with TLS and registered keys, and a SuperNode."""
 
+import errno
 import ipaddress
 import json
 import logging
@@ -70,16 +71,16 @@ def parse_address(text: str, option: str) -> tuple[str, int]:
 
 
 @contextmanager
-def open_link(keys: Path, host: str, port: int) -> Iterator[FlowerLink]:
+def open_link(keys: Path, host: str, port: int, port_seconds: float = 0.0) -> Iterator[FlowerLink]:
     """Start a SuperLink at ``host``, and register the public keys of the sites in ``keys``.
 
     Raises:
-        UserError: a file of ``keys`` is missing, or Flower is; the port is taken, or the SuperLink does not
-            start.
+        UserError: a file of ``keys`` is missing, or Flower is; the port is taken, and still is after
+            ``port_seconds``, or the SuperLink does not start.
     """
     _require_program("flower-superlink", "fedexperts server")
     public = _public_keys(keys)
-    _refuse_taken(host, port)
+    _refuse_taken(host, port, port_seconds)
     if not _is_loopback(host):
         logger.warning(
             "whoever reaches %s:%d can submit code to the sites: let a proxy pass /v1/fleet/ alone (deploy/)",
@@ -126,14 +127,20 @@ def _require(path: Path) -> None:
         raise UserError(f"{path} does not exist; fedexperts keys makes it")
 
 
-def _refuse_taken(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(f"--listen {host}:{port} cannot be used: {error.strerror or error}") from None
+def _refuse_taken(host: str, port: int, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while True:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+                return
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() >= until:
+                    raise UserError(
+                        f"--listen {host}:{port} cannot be used: {error.strerror or error}"
+                    ) from None
+        time.sleep(0.2)
 
 
 def _is_loopback(host: str) -> bool:

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 MOST_LOSSES = 5
 """Times in a row that the server's processes may be lost, without a round in between, before it gives up."""
 
+PORT_SECONDS = 20.0
+"""Longest wait for the port of a SuperLink that was killed: what it had started may hold it for a while."""
+
 SERVER_OVERRIDES = ('transport.name="flower"', f'transport.connection="{CONNECTION}"')
 """Settings that the server's command puts in."""
 
@@ -79,7 +82,7 @@ def _serve(
 ) -> dict[str, Any]:
     num_losses = num_rounds = 0
     while True:
-        with open_link(keys, *address) as link:
+        with open_link(keys, *address, PORT_SECONDS if num_losses else 0.0) as link:
             _refuse_few_keys(config, keys, link)
             progress.message(
                 f"waiting at {listen} for {config.data.partition.num_clients} of {', '.join(link.sites)}"
