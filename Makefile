@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 # Without --no-compile half of the installation is the translation of modules that nobody imports.
+# Many containers forbid Python to keep its translations: each process would then spend seconds on those of transformers.
+unexport PYTHONDONTWRITEBYTECODE
 PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 
 # PyPI's torch for Linux brings gigabytes of CUDA; where there is no NVIDIA card the CPU build is taken instead.
