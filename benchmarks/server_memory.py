@@ -18,12 +18,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
-from benchmarks.anonymous_memory import PeakMemory, anonymous_megabytes
 from benchmarks.tables import Table
 from fedexperts.federation.flower_sent import Patience
 from fedexperts.federation.flower_transport import IDENTIFY, FlowerTransport
 from fedexperts.federation.wire import pack
 from fedexperts.messages import Download, Sent, Upload, encode_upload
+from fedexperts.process_memory import return_freed_blocks
 from fedexperts.tensors import WeightedMean
 
 RIVALS = {"fedexperts": "FedExperts", "flower": "Flower's FedAvg"}
@@ -136,15 +136,22 @@ def _round_of_flower(grid: LazyGrid, tensors: Mapping[str, torch.Tensor]) -> Non
 
 
 def peak_megabytes(rival: str, num_clients: int, megabytes: float) -> float:
-    """Anonymous memory of one round, above what the process took before."""
+    """Memory of one round, above what the process took before, to the page: the system keeps the peak."""
     grid, tensors = LazyGrid(num_clients, megabytes), update(megabytes)
-    before = anonymous_megabytes()
-    with PeakMemory() as peak, tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _peak_megabytes()
         if rival == "flower":
             _round_of_flower(grid, tensors)
         else:
+            return_freed_blocks()  # as the server app does
             _round_of_fedexperts(grid, tensors, folder)
-    return peak.megabytes - before
+    return _peak_megabytes() - before
+
+
+def _peak_megabytes() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM:"))
 
 
 def measure(
@@ -185,7 +192,7 @@ def _table(size: str, by_rival: Mapping[str, Mapping[str, Sequence[float]]], rep
         for rival, found in by_rival.items()
     )
     title = (
-        f"Peak anonymous memory of the server's process in a round of uploads of {size} MB each, above what "
+        f"Peak memory of the server's process in a round of uploads of {size} MB each, above what "
         f"it took before, MB, by run ({repeats})"
     )
     return Table(title=title, columns=("", *(f"{number} clients" for number in numbers)), rows=rows)

@@ -88,3 +88,16 @@ def test_the_command_measures_everything_and_fills_a_document(tiny_checkpoint, t
     for name in BENCHMARKS:
         record = json.loads((tmp_path / f"{name}.json").read_text())
         assert document_text(name, record) in document.read_text()
+
+
+@pytest.mark.slow
+def test_the_server_s_memory_does_not_depend_on_the_number_of_clients():
+    few, many = (
+        float(_out("benchmarks.server_memory", "fedexperts", number, "24")) for number in ("3", "12")
+    )
+    assert many == pytest.approx(few, rel=0.05)
+
+
+def _out(*arguments):
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -56,8 +56,16 @@ def hold_little() -> None:
     """Have glibc, where it is the allocator, give each large block back to the system when it is freed, and
     have oneDNN keep few compiled products; to be called before the first product."""
     os.environ.update(_SMALL_CACHES)
-    _call_glibc("mallopt", _MMAP_THRESHOLD, _LARGE_BYTES)
-    _call_glibc("mallopt", _TRIM_THRESHOLD, _LARGE_BYTES)
+    return_freed_blocks(_LARGE_BYTES)
+
+
+def return_freed_blocks(num_bytes: int = 2**20) -> None:
+    """Have glibc, where it is the allocator, give each block of so many bytes or more back when it is freed.
+
+    By itself it keeps blocks of up to 32 MB, and how much then lies unused depends on who freed what when.
+    """
+    _call_glibc("mallopt", _MMAP_THRESHOLD, num_bytes)
+    _call_glibc("mallopt", _TRIM_THRESHOLD, num_bytes)
 
 
 def _call_glibc(name: str, *values: int) -> None:

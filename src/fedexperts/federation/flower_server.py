@@ -22,6 +22,7 @@ from fedexperts.federation.flower_nodes import Sites
 from fedexperts.federation.flower_sent import Patience
 from fedexperts.federation.flower_submitted import completed, is_launched
 from fedexperts.federation.flower_transport import FlowerTransport
+from fedexperts.process_memory import return_freed_blocks
 from fedexperts.releases import read_releases, write_releases
 from fedexperts.run_directory import RunDirectory, write_atomically
 from fedexperts.running.experiment import ServerRun, environment_of
@@ -78,6 +79,7 @@ def serve(
 
     ``keys`` has the name of each site by the node id of its key. Without ``progress`` the launcher is told.
     """
+    return_freed_blocks()  # of uploads: the server's memory does not depend on their number
     progress, stopwatch = progress or said_progress(), Stopwatch()
     with ExitStack() as stack:
         stack.enter_context(run.lock())
