@@ -111,12 +111,14 @@ def _run(folder: Path, place: str) -> dict[str, Any]:
     result = read_json(folder / place / "result.json")
     lines, clients = (read_lines(folder / place / f"{name}.jsonl") for name in ("rounds", "clients"))
     seconds = [line["seconds"]["total"] for line in lines]
+    later = [line for line in clients if line["round"] > 1] or clients
     num_bytes = sum(line["upload_bytes"] + line["download_bytes"] for line in clients)
     return {
         "server_state_sha256": result["server_state_sha256"],
         "first_round": seconds[0],
         "round": statistics.median(seconds[1:] or seconds),
         "train": statistics.median(line["seconds"]["train"] for line in lines),
+        "under_way": statistics.median(line["seconds"]["transport"] for line in later),
         "bytes_per_round": num_bytes / len(lines),
         "peak_megabytes": {name: max(own.values()) / 1e6 for name, own in sorted(peaks.items())},
         "processes": {name: len(own) for name, own in sorted(peaks.items())},
@@ -231,12 +233,13 @@ def _round_table(figures: Figures) -> Table:
             f"{places[place]['first_round']:.2f}",
             f"{places[place]['round']:.2f}",
             f"{places[place]['train']:.2f}",
+            f"{places[place]['under_way']:.2f}",
             f"{places[place]['bytes_per_round'] / 1e3:,.1f}",
             f"{recipe['round'] / places[place]['round']:.2f}",
         )
         for place, text in _PLACES.items()
     ]
-    rows.append(("usual recipe, in one process", "", f"{recipe['round']:.2f}", "", "", "1.00"))
+    rows.append(("usual recipe, in one process", "", f"{recipe['round']:.2f}", "", "", "", "1.00"))
     what = f"three clients, {figures['num_local_steps']} steps of 8 examples, one thread each"
     return Table(
         title=f"Seconds of a round ({what})",
@@ -245,6 +248,7 @@ def _round_table(figures: Figures) -> Table:
             "first round",
             "later ones, median",
             "training of all clients",
+            "a client's messages under way, both ways, median",
             "kB sent in a round",
             "recipe's seconds over these",
         ),
