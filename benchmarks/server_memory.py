@@ -19,8 +19,9 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
 from benchmarks.tables import Table
+from fedexperts.federation.flower_post import IDENTIFY
 from fedexperts.federation.flower_sent import Patience
-from fedexperts.federation.flower_transport import IDENTIFY, FlowerTransport
+from fedexperts.federation.flower_transport import FlowerTransport
 from fedexperts.federation.wire import pack
 from fedexperts.messages import Download, Sent, Upload, encode_upload
 from fedexperts.process_memory import return_freed_blocks

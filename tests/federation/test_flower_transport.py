@@ -12,8 +12,9 @@ from flwr.app.error import Error
 from fedexperts.errors import UserError
 from fedexperts.federation import edge
 from fedexperts.federation.flower_nodes import Sites
+from fedexperts.federation.flower_post import IDENTIFY
 from fedexperts.federation.flower_sent import Patience
-from fedexperts.federation.flower_transport import IDENTIFY, MOST_UNANSWERED, FlowerTransport
+from fedexperts.federation.flower_transport import MOST_UNANSWERED, FlowerTransport
 from fedexperts.federation.spool import Spool
 from fedexperts.federation.wire import pack, unpack
 from fedexperts.messages import (

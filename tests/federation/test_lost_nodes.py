@@ -9,8 +9,9 @@ from test_flower_transport import HASH, ids, node, train, transport
 
 from fedexperts.federation import flower_sent
 from fedexperts.federation.flower_nodes import Sites
+from fedexperts.federation.flower_post import FORGOTTEN, IDENTIFY, MOST_LOSSES
 from fedexperts.federation.flower_sent import GONE_SENDING, Patience
-from fedexperts.federation.flower_transport import FORGOTTEN, IDENTIFY, MOST_LOSSES, FlowerTransport
+from fedexperts.federation.flower_transport import FlowerTransport
 from fedexperts.federation.wire import pack, unpack
 from fedexperts.messages import Upload, decode_download, encode_upload
 

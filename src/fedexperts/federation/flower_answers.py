@@ -15,8 +15,8 @@ from typing import Any
 from fedexperts.config.load import build_config, config_sha256
 from fedexperts.costs.stopwatch import Stopwatch
 from fedexperts.errors import UserError
+from fedexperts.federation.flower_post import IDENTIFY
 from fedexperts.federation.flower_site import SITE_KEY, answer_as_site
-from fedexperts.federation.flower_transport import IDENTIFY
 from fedexperts.federation.interruption import interruptible
 from fedexperts.federation.personal import PersonalStore
 from fedexperts.federation.runtime import ClientRuntime

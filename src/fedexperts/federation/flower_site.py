@@ -19,7 +19,7 @@ from fedexperts.config.schema import RunConfig
 from fedexperts.config.toml import read_toml
 from fedexperts.data.settings import CLIENT_NAME
 from fedexperts.errors import UserError
-from fedexperts.federation.flower_transport import IDENTIFY
+from fedexperts.federation.flower_post import IDENTIFY
 from fedexperts.federation.interruption import interruptible
 from fedexperts.federation.scoring import Scorer
 from fedexperts.federation.site_settings import SiteSettings

@@ -1,20 +1,19 @@
-"""Transport over Flower's Grid: map nodes to clients, time out, and turn every fault into a failure."""
+"""Transport over Flower's Grid: who the nodes are, whom a round waits for, and the order of answers."""
 
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedexperts.algorithms.api import ClientFacts
 from fedexperts.errors import UserError
-from fedexperts.federation.edge import failure_of, read_answer, refuse_large
+from fedexperts.federation.edge import read_answer
 from fedexperts.federation.flower_nodes import (
     ONE_OF_ONE,
     Node,
@@ -24,16 +23,13 @@ from fedexperts.federation.flower_nodes import (
     node_of,
     refuse_mixed_counts,
 )
-from fedexperts.federation.flower_sent import NodeLostError, Patience, SentDownload, blob_of, pulled
+from fedexperts.federation.flower_post import Post
+from fedexperts.federation.flower_sent import Patience, SentDownload
 from fedexperts.federation.spool import Spool
 from fedexperts.federation.transport import Delivery, Finished
-from fedexperts.federation.wire import pack
 from fedexperts.messages import Download, Sent, Upload, brings_tensors, encode_download
 
 logger = logging.getLogger(__name__)
-
-IDENTIFY = "identify"
-"""Task of the download that asks a node which client it is; its answer is a report and no tensor."""
 
 MOST_UNANSWERED = 32
 """Downloads sent ahead of the answer that is next in order: what Flower, and in the worst case the server,
@@ -46,19 +42,10 @@ are there are taken in before Flower drops them. Where none is next, all are ask
 there are answers, but no more than these."""
 
 NOT_CONNECTED = "its node is not connected"
-FORGOTTEN = "its node has started anew, and has forgotten its turn"
-
-MOST_LOSSES = 5
-"""Times that one download may be lost with its node; a turn that kills the node each time is not asked for
-for ever."""
-
 FIRST_SAID_SECONDS = 5.0
 """Seconds after which sites that are not connected are named for the first time."""
 SAID_SECONDS = 30.0
 """Seconds between two sentences that name the sites that are not connected."""
-
-GRACE_SECONDS = 10.0
-"""A message lives so much longer than its answer is waited for: Flower must not be asked for a dead one."""
 
 
 class FlowerTransport:
@@ -83,9 +70,9 @@ class FlowerTransport:
         """
         self._asks_again = asks_again
         self._sites = sites
-        self._grid, self._config_sha256, self._patience = grid, config_sha256, patience
+        self._grid, self._patience, self._clock, self._pause = grid, patience, clock, pause
+        self._post = Post(grid, config_sha256=config_sha256, patience=patience, clock=clock)
         self._timeout, self._spool_folder = patience.answer_seconds, spool_folder
-        self._clock, self._pause = clock, pause
         self._nodes: dict[str, Node] = {}
         self._begun: list[SentDownload] = []
         self._questions: dict[int, SentDownload] = {}
@@ -119,7 +106,7 @@ class FlowerTransport:
         spool = Spool(self._spool_folder)
         for name, download in downloads:
             message = spool.keep(encode_download(download))
-            sent = self._sent(name, replace(download, sent=Sent()), message)
+            sent = self._post.letter(name, replace(download, sent=Sent()), message)
             self._send(sent, known_node(name, nodes).node_id, online)
             self._begun.append(sent)
 
@@ -152,7 +139,7 @@ class FlowerTransport:
         while True:
             while len(under_way) < most and (item := next(waiting, None)) is not None:
                 name, node_id, download = item
-                sent = self._sent(name, download, partial(encode_download, download), started)
+                sent = self._post.letter(name, download, partial(encode_download, download), started)
                 self._send(sent, node_id, online)
                 under_way.append(sent)
             if not under_way:
@@ -163,41 +150,11 @@ class FlowerTransport:
             self._await(first, (*under_way, *begun), spool)
             yield from self._deliveries(first)
 
-    def _sent(
-        self, client_id: str, download: Download, message: Callable[[], bytes], started: float = math.inf
-    ) -> SentDownload:
-        at = self._clock()
-        deadline = at + self._patience.answer_seconds
-        if download.task == "train" and self._patience.round_seconds:
-            deadline = min(deadline, started + self._patience.round_seconds)
-        return SentDownload(client_id=client_id, download=download, message=message, at=at, deadline=deadline)
-
     def _send(self, sent: SentDownload, node_id: int, online: Collection[int]) -> None:
         if node_id not in online:
-            self._lose(sent, NOT_CONNECTED)
-        elif sent.at >= sent.deadline:
-            self._give_up(sent)
-        else:
-            self._push(sent, node_id)
-
-    def _push(self, sent: SentDownload, node_id: int) -> None:
-        blob = sent.message()
-        sent.node_id, sent.asked_at, sent.probe_id = node_id, self._clock(), ""
-        sent.num_bytes, sent.message_id = len(blob), self._pushed(sent, sent.download, blob)
-        if not sent.message_id:
-            sent.failure = "Flower did not take its download"
-
-    def _pushed(self, sent: SentDownload, download: Download, blob: bytes) -> str:
-        """Return the id of a message to the node, or nothing if Flower does not take it."""
-        message = Message(
-            pack(blob),
-            sent.node_id,
-            "train",
-            ttl=sent.deadline - self._clock() + GRACE_SECONDS,
-            group_id=f"{download.task} {download.round_number}",
-        )
-        message_ids = list(self._grid.push_messages([message]))
-        return (message_ids[0] if message_ids else None) or ""
+            self._post.lose(sent, NOT_CONNECTED)
+        elif not self._post.is_over(sent):
+            self._post.push(sent, node_id)
 
     def _settle_first(self, under_way: Collection[SentDownload], spool: Spool) -> None:
         """Wait until enough uploads have come, or all that will; refuse the others as surplus."""
@@ -219,84 +176,19 @@ class FlowerTransport:
             polls += 1
             if polls % POLLS_PER_SWEEP == 0:
                 for sent in later:
-                    self._pull(sent, spool)
+                    self._take_in(sent, spool)
             self._pause(POLL_SECONDS)
 
     def _is_over(self, sent: SentDownload, spool: Spool | None = None) -> bool:
         """Ask once for an answer; return whether it is there, or will not count any more."""
-        self._pull(sent, spool)
-        if not sent.is_settled and self._clock() >= sent.deadline:
-            self._give_up(sent)
-        return sent.is_settled
+        self._take_in(sent, spool)
+        return self._post.is_over(sent)
 
-    def _give_up(self, sent: SentDownload) -> None:
-        if sent.lost:
-            sent.failure, sent.lost = sent.lost, ""
-            return
-        patience = self._patience
-        is_round = sent.deadline < sent.at + patience.answer_seconds
-        key, value = (
-            ("round_seconds", patience.round_seconds)
-            if is_round
-            else ("timeout_seconds", patience.answer_seconds)
-        )
-        sent.failure, sent.fenced = f"no answer within transport.{key} = {value:g}", "late"
-
-    def _pull(self, sent: SentDownload, spool: Spool | None = None) -> None:
-        """Ask for one message id at a time: of several, Flower would hold all answers that are there.
-
-        With ``spool`` the answer waits on disk. One that is too large is dropped at once.
-        """
+    def _take_in(self, sent: SentDownload, spool: Spool | None = None) -> None:
+        """Take in what is there, with ``spool`` on disk; ask a client again that was lost and is back."""
         if sent.lost:
             self._ask_again(sent)
-        if sent.lost or sent.is_settled:
-            return
-        is_done = self._is_done_with(sent)
-        for reply in self._replies(sent):
-            sent.answered = self._clock()
-            try:
-                blob = blob_of(reply)
-                refuse_large(len(blob), sent.download.largest_answer)
-            except NodeLostError as error:
-                self._lose(sent, str(error))
-            except Exception as error:
-                sent.failure = sent.failure or failure_of(error).failure
-            else:
-                sent.blobs.append(spool.keep(blob) if spool else partial(bytes, blob))
-        if is_done and not (sent.lost or sent.is_settled):
-            self._lose(sent, FORGOTTEN)
-
-    def _is_done_with(self, sent: SentDownload) -> bool:
-        """Whether the node has answered a probe that was sent after a long silence.
-
-        A node answers one message after the other. One that was killed and came back before anybody missed it
-        answers the probe alone.
-        """
-        if not sent.probe_id and self._clock() - sent.asked_at >= self._patience.probe_seconds:
-            question = self._question()
-            sent.probe_id = self._pushed(sent, question, encode_download(question))
-        replies = list(self._grid.pull_messages([sent.probe_id])) if sent.probe_id else []
-        if any(reply.has_error() for reply in replies):
-            sent.probe_id, sent.asked_at = "", self._clock()
-        return bool(replies and sent.probe_id)
-
-    def _replies(self, sent: SentDownload) -> Sequence[Message]:
-        """Return what answers a download now; lose it where its node goes while it sends its answer."""
-        try:
-            return pulled(self._grid, sent.message_id, sent.node_id)
-        except NodeLostError as error:
-            self._lose(sent, str(error))
-            return []
-
-    def _lose(self, sent: SentDownload, reason: str) -> None:
-        """Wait for a client that is lost until it is back, where all are needed; else it has failed."""
-        sent.num_losses += 1
-        is_known = sent.client_id in self._nodes
-        if is_known and self._patience.needs_all and sent.num_losses < MOST_LOSSES:
-            sent.lost = reason
-            logger.warning("waiting for client %s: %s", sent.client_id, reason)
-        else:
-            sent.failure = reason
+        self._post.take_in(sent, spool)
 
     def _ask_again(self, sent: SentDownload) -> None:
         """Send a download once more as soon as its client is there, maybe as another node."""
@@ -309,7 +201,7 @@ class FlowerTransport:
             logger.info("client %s is back and is asked again", sent.client_id)
             if sent.is_training and sent.message_id:
                 self._asks_again(sent.client_id)
-            self._push(sent, node.node_id)
+            self._post.push(sent, node.node_id)
 
     def _take_back(self, online: Collection[int]) -> None:
         """Ask nodes that are new who they are; one may be a client whose node is gone."""
@@ -407,19 +299,14 @@ class FlowerTransport:
         answer, is not done: it is asked again as long as it is there.
         """
         for node_id in sorted(set(node_ids) - done - self._questions.keys()):
-            question = self._question()
-            sent = self._sent(str(node_id), question, partial(encode_download, question))
-            self._push(sent, node_id)
-            self._questions[node_id] = sent
+            self._questions[node_id] = self._post.question(node_id)
+            self._post.push(self._questions[node_id], node_id)
         over = [sent for sent in self._questions.values() if self._is_over(sent)]
         for sent in over:
             del self._questions[sent.node_id]
         answered = [sent for sent in over if not (sent.num_losses or sent.fenced)]
         done.update(sent.node_id for sent in answered)
         return answered
-
-    def _question(self) -> Download:
-        return Download(round_number=0, task=IDENTIFY, config_sha256=self._config_sha256)
 
     def _node_of(self, question: SentDownload) -> Node:
         """Read a node's answer to the question who it is; raise UserError if it cannot take part."""
