@@ -43,7 +43,7 @@ def examine(folder: Path) -> Diagnosis:
     if is_at_site(run):
         problems = tuple(dict.fromkeys(told(checks_of_site(run))))
         return Diagnosis(problems=problems, to_do=_AT_SITE if problems else "")
-    if not run.config.exists():
+    if not (run.config.exists() or run.checkpoint.exists()):
         return _examine_node(folder)
     made_last = list(told(_of_made_last(run)))
     reached, state = _reached(run), first_problem(run)

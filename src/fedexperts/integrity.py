@@ -66,7 +66,12 @@ def _checks(run: RunDirectory, record: Record) -> Iterator[Check]:
 
 def has_clients(run: RunDirectory) -> bool:
     """Return whether the clients' folders are in the run's: not if they are on the nodes of a deployment."""
-    return is_at_site(run) or not _settings(run).get("transport", {}).get("connection", "")
+    if is_at_site(run):
+        return True
+    settings = _settings(run)
+    if not settings:
+        return any(run.client_folders.glob("*"))
+    return not settings.get("transport", {}).get("connection", "")
 
 
 def _settings(run: RunDirectory) -> dict[str, Any]:
@@ -75,6 +80,16 @@ def _settings(run: RunDirectory) -> dict[str, Any]:
         return tomllib.loads(run.config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def check_config_of(run: RunDirectory) -> None:
+    """Raise UserError unless ``config.toml`` is as the last state says; if that is damaged nobody can tell."""
+    try:
+        seals = read_record(run.checkpoint)["files"]
+    except UserError:
+        return
+    if run.config.name in seals:
+        check_file(run.config, seals[run.config.name])
 
 
 def check_resumable(run: RunDirectory) -> None:

@@ -96,6 +96,13 @@ def test_a_damaged_model_is_not_exported(whole):
         generate_text(whole, "client-000", "Who?")
 
 
+def test_no_model_is_made_with_a_changed_configuration(whole):
+    config = whole / "config.toml"
+    config.write_text(config.read_text().replace("alpha = ", "alpha = 1"))
+    with pytest.raises(UserError, match=r"run/config\.toml is damaged"):
+        generate_text(whole, "client-000", "Who?")
+
+
 def test_damage_is_told_with_what_can_be_saved(short_config, cut, runs):
     delete(cut / NEWEST)
     with pytest.raises(
@@ -190,6 +197,7 @@ def test_doctor_names_what_is_wrong_and_what_to_do(name, whole, capsys):
 @pytest.mark.parametrize(
     "name",
     [
+        "config.toml",
         "environment.json",
         "state/checkpoint-round-00002.json",
         "state/checkpoint-round-00003.json",

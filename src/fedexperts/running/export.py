@@ -31,6 +31,7 @@ from fedexperts.federation.snapshot import (
     snapshot_of,
     take_snapshot,
 )
+from fedexperts.integrity import check_config_of
 from fedexperts.messages import Download, Sent, decode_download
 from fedexperts.models.adapters import AdapterSettings, add_lora, load_adapter, remove_lora, save_adapter
 from fedexperts.models.held_experts import make_dense
@@ -65,6 +66,8 @@ def _config_of(run: RunDirectory) -> RunConfig:
         raise UserError(f"{run.path} holds no run (no config.toml)")
     if is_at_site(run):
         check_config(run, read_site_record(run))
+    else:
+        check_config_of(run)
     return load_config(run.config)
 
 
