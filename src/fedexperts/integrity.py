@@ -83,7 +83,7 @@ def _settings(run: RunDirectory) -> dict[str, Any]:
 
 
 def check_config_of(run: RunDirectory) -> None:
-    """Raise UserError unless ``config.toml`` is as the last state says; if that is damaged nobody can tell."""
+    """Raise UserError unless ``config.toml`` is as the last state, where that can be read, says."""
     try:
         seals = read_record(run.checkpoint)["files"]
     except UserError:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import xml.etree.ElementTree as xml
 
 import pytest
 from synthetic_runs import make_result, write_run, write_suite
@@ -66,6 +67,26 @@ def test_every_picture_has_its_numbers_in_a_file(tmp_path):
     files = sorted(path.name for path in (tmp_path / "numbers").iterdir())
     assert len(files) == num_pictures
     assert "rounds-1-training-loss.csv" in files
+
+
+def test_every_figure_is_one_picture_with_its_titles_and_names(tmp_path):
+    suite = write_suite(
+        tmp_path / "suite", [make_result(method, 0, rounds=2) for method in ("flex", "fedavg")]
+    )
+    write_report(suite, pictures=tmp_path / "pictures")
+    figures = [figure for section in content_of(read_suite(suite)).sections for figure in section.figures]
+    drawn = [xml.parse(path) for path in sorted((tmp_path / "pictures").glob("*.svg"))]
+    assert len(drawn) == len(figures)
+    shown = {" ".join(one.getroot().itertext()) for one in drawn}
+    for figure in figures:
+        words = [
+            figure.title,
+            *(panel.title for panel in figure.panels),
+            *(name for name, _ in figure.legend),
+        ]
+        assert any(all(word in one for word in words) for one in shown)
+    ids = [node.get("id") for one in drawn for node in one.iter() if node.get("id")]
+    assert len(ids) == len(set(ids)), "two pictures can stand on one page"
 
 
 def test_the_numbers_are_whole(tmp_path):

@@ -140,12 +140,18 @@ def report(given: Namespace) -> int:
     from fedexperts.report import terminal_table
     from fedexperts.report.so_far import rounds_so_far
 
-    so_far = None if given.publish or given.csv else rounds_so_far(given.directory)
+    so_far = None if given.publish or given.csv or given.pictures else rounds_so_far(given.directory)
     if so_far is not None:
         _stdout().print(terminal_table(so_far))
         print(f"no report is written before {given.directory} has its result.json")
         return OK
-    _show_report(given.directory, against=given.against, has_samples=given.samples, csv=given.csv)
+    _show_report(
+        given.directory,
+        against=given.against,
+        has_samples=given.samples,
+        csv=given.csv,
+        pictures=given.pictures,
+    )
     if given.publish is not None:
         from fedexperts.report.publishing import publish_report
 
@@ -399,7 +405,12 @@ def _stdout() -> "Console":
 
 
 def _show_report(
-    directory: Path, *, against: str = "", has_samples: bool = False, csv: Path | None = None
+    directory: Path,
+    *,
+    against: str = "",
+    has_samples: bool = False,
+    csv: Path | None = None,
+    pictures: Path | None = None,
 ) -> None:
     """Write the report, print its main tables and say where it is."""
     from fedexperts.report import headline_table, terminal_table, write_report
@@ -410,7 +421,7 @@ def _show_report(
     from fedexperts.report.retention import retention_table
     from fedexperts.report.tables import rows_of
 
-    paths = write_report(directory, against=against, has_samples=has_samples, csv=csv)
+    paths = write_report(directory, against=against, has_samples=has_samples, csv=csv, pictures=pictures)
     methods = methods_of(read_suite(directory).runs)
     paired = paired_tables(compare_methods(methods, against))
     for table in (headline_table(rows_of(methods)), *retention_table(methods), *paired):

@@ -202,6 +202,7 @@ COMMANDS = (
             ),
             _argument("--samples", action="store_true", help="show the answers kept in clients/: shows data"),
             _argument("--csv", metavar="FOLDER", type=Path, help="also write the numbers of every picture"),
+            _argument("--pictures", metavar="FOLDER", type=Path, help="also write every figure as an SVG"),
         ),
     ),
     Command(check, "fedexperts check experiment.toml", (_EXPERIMENT, _OVERRIDES)),

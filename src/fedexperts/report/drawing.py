@@ -24,6 +24,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8528f", "#c98a00", "#3fa2dc", "#6
 """Okabe and Ito's, safe for colour-blind readers, two of them darker, and two more."""
 MARKS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼"}
 """A line's marks and, for legends, the characters that look like them."""
+NEEDLESS_ID = r' id="[\w.]+_\d+"'
+"""What matplotlib calls its parts, the same in each drawing; nothing refers to them."""
 Cells = frozenset[tuple[int, int]]
 Limits = tuple[float, float]
 

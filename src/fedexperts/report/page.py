@@ -42,7 +42,7 @@ def _inline(numbers: Iterator[int], panel: Panel) -> str:
     drawn = panel.draw(str(next(numbers))).partition("<svg")[2]
     width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawn)[0]
     body = re.sub(r"<style.*?</style>", "", drawn.partition(">")[2], flags=re.DOTALL)
-    body = re.sub(r' id="[\w.]+_\d+"|font-family: [^;"]+(; )?', "", body)
+    body = re.sub(drawing.NEEDLESS_ID + r'|font-family: [^;"]+(; )?', "", body)
     body = re.sub(r"#[0-9a-f]{6}", lambda match: _COLOURS.get(match[0], match[0]), body)
     last = zip(panel.table.titles, panel.table.rows[-1], strict=True)
     ends = ", ".join(f"{title} {cell}" for title, cell in last)

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from fedexperts.errors import UserError
 from fedexperts.report.markdown import markdown
 from fedexperts.report.page import page
+from fedexperts.report.pictures import pictures as figures_as_svg
 from fedexperts.report.reading import read_suite
 from fedexperts.report.sections import Content, content_of
 from fedexperts.report.tables import as_csv
@@ -14,7 +16,12 @@ from fedexperts.run_directory import write_atomically
 
 
 def write_report(
-    directory: Path, *, against: str = "", has_samples: bool = False, csv: Path | None = None
+    directory: Path,
+    *,
+    against: str = "",
+    has_samples: bool = False,
+    csv: Path | None = None,
+    pictures: Path | None = None,
 ) -> tuple[Path, Path]:
     """Write ``report.html`` and ``REPORT.md`` into a run or suite directory, and return both paths.
 
@@ -26,6 +33,7 @@ def write_report(
         against: the method that the others are compared with, as in :func:`content_of`.
         has_samples: whether to show the answers that runs have kept.
         csv: a folder for the numbers of every picture; None for no files.
+        pictures: a folder for every figure as an SVG; None for no files.
 
     Raises:
         UserError: ``directory`` is neither, nothing in it has finished, a result is of another schema
@@ -36,7 +44,9 @@ def write_report(
     paths = directory / "report.html", directory / "REPORT.md"
     for path, text in zip(paths, (page(content), markdown(content)), strict=True):
         write_text(path, text)
-    for path, text in numbers_of_pictures(content, csv) if csv else ():
+    beside = [numbers_of_pictures(content, csv)] if csv else []
+    beside += [figures_as_svg(content, pictures)] if pictures else []
+    for path, text in chain.from_iterable(beside):
         write_text(path, text)
     return paths
 
