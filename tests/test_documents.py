@@ -13,7 +13,7 @@ from fedexperts.config.load import load_config
 from fedexperts.models.tiny import FAMILIES
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("experiments/*/README.md")])
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)?(?:#([^)\s]+))?\)")
 CODE_PATH = re.compile(r"`((?:\w+/)+\w+\.(?:py|md))`")
 
