@@ -26,6 +26,11 @@ CASES = {
         "algorithm.num_tuned=12",
         "algorithm.merge.refit_down=true",
     ),
+    "12 tuned, the others merged into 2 per layer, in bfloat16": (
+        "algorithm.num_tuned=12",
+        "algorithm.merged_per_layer=2",
+        "model.dtype=bfloat16",
+    ),
 }
 _SETTING = (
     "threads=1",
