@@ -183,6 +183,13 @@ class Counter:
     def _in_low_bits(self) -> "_Installed":
         return self._install(in_low_bits=True)
 
+    def with_batch(self, batch: int) -> "Counter":
+        """Return one for another size of batch, of the same models as far as they are built."""
+        other = Counter(self._config, replace(self.settings, batch=batch))
+        built = {"_bare", "_installed", "_in_low_bits"} & vars(self).keys()
+        vars(other).update({name: vars(self)[name] for name in built})
+        return other
+
     @property
     def trains_all_experts(self) -> bool:
         """Whether the method trains the fused experts themselves, so that none of them is frozen."""

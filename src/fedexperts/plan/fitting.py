@@ -137,14 +137,13 @@ def _slots(counter: Counter, memory: int, precision: Precision, merged: int | No
     )
 
 
-def largest_batch(counter: Counter, config: Any, memory: int, precision: Precision) -> int | None:
+def largest_batch(counter: Counter, memory: int, precision: Precision) -> int | None:
     """Examples of the largest batch that fits, from the activations of one and of two such batches."""
-    settings = counter.settings
-    twice = Counter(config, replace(settings, batch=2 * settings.batch))
-    now, then = (total_bytes(each, precision) for each in (counter, twice))
+    batch = counter.settings.batch
+    now, then = (total_bytes(each, precision) for each in (counter, counter.with_batch(2 * batch)))
     if now is None or then is None or now > memory:
         return None
-    return settings.batch + (memory - now) * settings.batch // (then - now)
+    return batch + (memory - now) * batch // (then - now)
 
 
 def changes(counter: Counter, config: Any, memory: int) -> list[Fit]:

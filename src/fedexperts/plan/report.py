@@ -257,5 +257,5 @@ def _fitted(plan: Plan, memory: int) -> Plan:
     fits = precisions_that_fit(counter, memory)
     for name, fit in zip(PRECISIONS, fits, strict=False):
         if fit.fits:
-            return replace(plan, fits=fits, largest_batch=largest_batch(counter, config, memory, name))
+            return replace(plan, fits=fits, largest_batch=largest_batch(counter, memory, name))
     return replace(plan, fits=fits, changes=changes(counter, config, memory))
