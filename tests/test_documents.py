@@ -144,6 +144,7 @@ GATE, GATE_START, GATE_STEPS = (
     json.loads((ROOT / f"experiments/{name}/results.json").read_text())
     for name in ("gate", "gate_start", "gate_steps")
 )
+MAP = json.loads((ROOT / "experiments/map/results.json").read_text())
 MORE = json.loads((ROOT / "experiments/more_methods/results.json").read_text())
 PRIVACY = json.loads((ROOT / "experiments/privacy/results.json").read_text())
 
@@ -188,6 +189,21 @@ def closed_cells(measured, run):
     runs = seeds_of(measured, run)
     facts = ["–"] * 2 if run.startswith("disagree") else [told(runs, name) for name in FACTS[:2]]
     return [told(runs, "mean.rougeL_after"), *facts, *(told(runs, name) for name in RETENTION)]
+
+
+def test_the_map_s_table_is_what_was_measured():
+    text = (ROOT / "docs/results.md").read_text()
+    lines = text[text.index("## A map") : text.index("## The other methods")].splitlines()
+    head, *rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines if "| `" in line
+    ]
+    assert len(rows) * (len(head) - 2) * 3 == len(MAP)
+    for cell, _, *scores in rows:
+        examples, disagreement, share = cell.split("-")
+        where = f"{examples}-disagreement-{disagreement}-common_share-{share}"
+        for method, score in zip(head[2:], scores, strict=True):
+            runs = seeds_of(MAP, f"{method}-examples_per_client-{where}")
+            assert score == told(runs, "mean.rougeL_after"), (cell, method)
 
 
 def more_cells(method):

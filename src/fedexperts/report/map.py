@@ -71,13 +71,20 @@ def _is_number(flat: Flat, key: str) -> bool:
 
 def _panels(compared: Sequence[Compared], axes: _Axes, score: str) -> list[Panel]:
     names = short_names(settings_of(compared[0].method.runs[0]))
-    panels: dict[str, dict[tuple[Any, Any], Difference]] = {}
+    found: dict[tuple[str, ...], dict[str, dict[tuple[Any, Any], Difference]]] = {}
     for one in compared:
         flat = settings_of(one.method.runs[0])
-        others = [f"{names.get(key, key)}={value_text(flat[key])}" for key in axes.others if key in flat]
+        others = tuple(f"{names.get(key, key)}={value_text(flat[key])}" for key in axes.others if key in flat)
         point = flat[axes.column], flat.get(axes.row)
         if score in one.differences:
-            panels.setdefault(" · ".join([one.method.name, *others]), {})[point] = one.differences[score]
+            found.setdefault(others, {}).setdefault(one.method.name, {})[point] = one.differences[score]
+    order = list(dict.fromkeys(name for by_name in found.values() for name in by_name))
+    panels = {
+        " · ".join([name, *others]): by_name[name]
+        for others, by_name in found.items()
+        for name in order
+        if name in by_name
+    }
     tables = {title: _table(title, points, axes, score, names) for title, points in panels.items()}
     limits = range_of(list(tables.values()))
     return [
