@@ -146,6 +146,7 @@ GATE, GATE_START, GATE_STEPS = (
 )
 MAP = json.loads((ROOT / "experiments/map/results.json").read_text())
 MORE = json.loads((ROOT / "experiments/more_methods/results.json").read_text())
+PARTS = json.loads((ROOT / "experiments/flex_parts/results.json").read_text())
 PRIVACY = json.loads((ROOT / "experiments/privacy/results.json").read_text())
 
 
@@ -206,9 +207,9 @@ def test_the_map_s_table_is_what_was_measured():
             assert score == told(runs, "mean.rougeL_after"), (cell, method)
 
 
-def more_cells(method):
-    """Return the cells after what travels."""
-    runs = seeds_of(MORE, method)
+def more_cells(measured, method):
+    """Return the cells after what travels, or what a run does."""
+    runs = seeds_of(measured, method)
     upload = statistics.mean(run["bytes.upload_per_client_round"] for run in runs)
     names = ("mean.rougeL_after", *FACTS, *RETENTION[:2])
     return [*(told(runs, name) for name in names), f"{upload / 1000:,.1f} kB"]
@@ -277,7 +278,8 @@ def asynchronous_cells(server):
 @pytest.mark.parametrize(
     ("start", "end", "measured", "cells_of"),
     [
-        ("## The other methods", "## Gates that close", MORE, more_cells),
+        ("## The other methods", "## Parts of FLEx", MORE, partial(more_cells, MORE)),
+        ("## Parts of FLEx", "## Gates that close", PARTS, partial(more_cells, PARTS)),
         ("## Gates that close", "## A gate that looks", CLOSED, partial(closed_cells, CLOSED)),
         ("## A gate that looks", "## FLEx plus with", PROMPT, partial(closed_cells, PROMPT)),
         ("## FLEx plus with", "## Flux beside", PLUS, partial(closed_cells, PLUS)),
