@@ -144,6 +144,7 @@ GATE, GATE_START, GATE_STEPS = (
     json.loads((ROOT / f"experiments/{name}/results.json").read_text())
     for name in ("gate", "gate_start", "gate_steps")
 )
+FLUX_PARTS = json.loads((ROOT / "experiments/flux_parts/results.json").read_text())
 MAP = json.loads((ROOT / "experiments/map/results.json").read_text())
 MORE = json.loads((ROOT / "experiments/more_methods/results.json").read_text())
 PARTS = json.loads((ROOT / "experiments/flex_parts/results.json").read_text())
@@ -183,6 +184,14 @@ def flux_cells(method):
         f"{1000 * statistics.mean(work):.1f} ms",
         f"{1000 * statistics.mean(transfers):.0f} ms",
     ]
+
+
+def flux_part_cells(variant):
+    """Return the cells after what differs."""
+    runs = seeds_of(FLUX_PARTS, variant)
+    upload = statistics.mean(run["bytes.upload_per_client_round"] for run in runs)
+    names = ("mean.rougeL_before", "mean.rougeL_after", *FACTS[:2], RETENTION[1])
+    return [*(told(runs, name) for name in names), f"{upload / 1000:,.1f} kB"]
 
 
 def closed_cells(measured, run):
@@ -283,7 +292,8 @@ def asynchronous_cells(server):
         ("## Gates that close", "## A gate that looks", CLOSED, partial(closed_cells, CLOSED)),
         ("## A gate that looks", "## FLEx plus with", PROMPT, partial(closed_cells, PROMPT)),
         ("## FLEx plus with", "## Flux beside", PLUS, partial(closed_cells, PLUS)),
-        ("## Flux beside", "## Differential privacy", FLUX, flux_cells),
+        ("## Flux beside", "## Parts of Flux", FLUX, flux_cells),
+        ("## Parts of Flux", "## Differential privacy", FLUX_PARTS, flux_part_cells),
         ("## Differential privacy", "## Memorised", PRIVACY, privacy_cells),
         ("## Memorised", "## Asynchronous", EXTRACTION, extraction_cells),
         ("## Asynchronous", "## Eight clients", ASYNCHRONOUS, asynchronous_cells),
