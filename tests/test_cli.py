@@ -75,7 +75,7 @@ def test_the_flags_are_exactly_these():
         "site": ["overrides", "--server", "--data", "--keys", "--name", "--folder"],
         "keys": ["folder", "--sites", "--hosts", "--days"],
         "compare": ["suite", "overrides", "--to", "--jobs", "--quiet"],
-        "report": ["directory", "--publish", "--any-code", "--against", "--samples", "--csv"],
+        "report": ["directory", "--publish", "--any-code", "--against", "--samples", "--csv", "--pictures"],
         "check": ["experiment", "overrides"],
         "plan": ["model", "overrides", "--method", "--memory", "--batch", "--seq", "--json"],
         "generate": ["run_dir", "prompt", "--client", "--model", "--context", "--when"],
